@@ -1,0 +1,569 @@
+"""The command line: thin commands over the floors below.
+
+stdout is the result, stderr is progress and errors. Exit status: 0 answered, 1 answered "no" (nothing fits, a check
+failed), 2 wrong input, 130 interrupted. Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from meshwright.cluster import Cluster
+    from meshwright.engine import Engine
+    from meshwright.graph import Graph
+    from meshwright.io.inputs import NamedStrategy
+    from meshwright.results import Estimate, Measurement
+    from meshwright.search.method import Answer
+    from meshwright.workload import Workload
+
+app = typer.Typer(
+    name="meshwright",
+    help="Plan, predict, explain and really run the split of a neural network over devices.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+calibrate_app = typer.Typer(help="Measure a machine into a cluster file.", no_args_is_help=True)
+app.add_typer(calibrate_app, name="calibrate")
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset, Hugging Face config.json, or its folder.")]
+ClusterName = Annotated[str, typer.Argument(metavar="CLUSTER", help="Preset NAMExN such as dgx-h100x8, or a file.")]
+StrategyText = Annotated[
+    str, typer.Argument(metavar="STRATEGY", help="Shorthand such as tp=8,pp=2,dp=4,zero=1, or a file.")
+]
+GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", help="Sequences per step.")]
+SeqLen = Annotated[int, typer.Option("--seq-len", metavar="S", help="Tokens per sequence.")]
+EngineName = Annotated[
+    str | None,
+    typer.Option("--engine", help="Software that runs it. [default: megatron-core; meshwright on local-cpu]"),
+]
+Precision = Annotated[str, typer.Option("--precision", help="bfloat16, float16, float32 or float64.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    graph: Graph
+    cluster: Cluster
+    workload: Workload
+    engine: Engine
+    cluster_text: str
+    model_text: str
+
+
+def _read_inputs(
+    model: str, cluster: str, global_batch: int, seq_len: int, engine: str | None, precision: str
+) -> _Inputs:
+    """All inputs, or one error with the problems of all of them."""
+    from meshwright.errors import InputError, Problem
+    from meshwright.io.inputs import make_workload, read_cluster, read_engine
+    from meshwright.io.models import load_model
+
+    problems: list[Problem] = []
+
+    def tried(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except InputError as error:
+            problems.extend(error.problems)
+
+    graph = tried(lambda: load_model(model))
+    machine = tried(lambda: read_cluster(cluster))
+    workload = tried(lambda: make_workload(global_batch, seq_len, precision))
+    software = tried(lambda: read_engine(engine, cluster))
+    if problems:
+        raise InputError(problems)
+    return _Inputs(graph, machine, workload, software, cluster, model)
+
+
+def _console(stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def _print_json(schema: str, values: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps({"schema": schema, **values}, allow_nan=False) + "\n")
+
+
+# --- plan ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def plan(
+    model: Model,
+    cluster: ClusterName,
+    global_batch: GlobalBatch,
+    seq_len: SeqLen,
+    method: Annotated[str, typer.Option(help="How to look.")] = "exhaustive",
+    space: Annotated[str, typer.Option(help="Where to look.")] = "uniform",
+    fix: Annotated[str, typer.Option("--fix", metavar="SHORTHAND", help="Keys that must have these values.")] = "",
+    largest: Annotated[str, typer.Option("--max", metavar="SHORTHAND", help="Largest values of keys.")] = "",
+    objective: Annotated[str, typer.Option(help="step_time, memory or pareto.")] = "step_time",
+    top: Annotated[int, typer.Option(min=1, max=10_000, help="How many strategies to show.")] = 10,
+    out: Annotated[
+        str, typer.Option("--out", metavar="FILE", help="Write the best as a plan file (- is stdout).")
+    ] = "",
+    engine: EngineName = None,
+    precision: Precision = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Find the best strategy: every legal one is evaluated, what does not fit is kept apart."""
+    from meshwright.search.method import Question
+
+    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision)
+    look = _method(method)
+    question = Question(_space(inputs, space, fix, largest), inputs.cluster, inputs.engine, _objective(objective), top)
+    with _progress("evaluating strategies", quiet=as_json) as told:
+        answer = look(question, told)
+    ranking = [(named, _estimate(inputs, named)) for named in _named(inputs, answer)]
+    if out and ranking:
+        _write_plan(out, inputs, *ranking[0], answer)
+    if as_json:
+        _print_json("plan-result/1", _plan_json(inputs, answer, ranking))
+    elif out != "-":
+        _show_plan(inputs, answer, ranking)
+    if not ranking:
+        raise typer.Exit(1)
+
+
+def _method(name: str) -> Any:
+    import meshwright.search.exhaustive  # noqa: F401  (registers itself)
+    from meshwright.errors import InputError, Problem
+    from meshwright.search.method import METHODS
+
+    try:
+        return METHODS[name]
+    except InputError as error:
+        found = error.problems[0]
+        raise InputError([Problem("--method", name, found.rule, found.nearest)]) from None
+
+
+def _objective(name: str) -> str:
+    from meshwright.errors import InputError, Problem, nearest_name
+    from meshwright.search.method import OBJECTIVES
+
+    if name not in OBJECTIVES:
+        rule = f"known: {', '.join(OBJECTIVES)}"
+        raise InputError([Problem("--objective", name, rule, nearest_name(name, OBJECTIVES))])
+    return name
+
+
+def _space(inputs: _Inputs, name: str, fix: str, largest: str) -> Any:
+    from meshwright.errors import InputError, Problem, nearest_name
+    from meshwright.search.space import UniformSpace, limit_problems, limits_of
+    from meshwright.strategy import parse_shorthand_keys
+
+    problems = []
+    if name != "uniform":
+        problems.append(Problem("--space", name, "known: uniform", nearest_name(name, ["uniform"])))
+    parsed = []
+    for option, text in (("--fix", fix), ("--max", largest)):
+        values: dict[str, Any] = {}
+        if text:
+            try:
+                values = parse_shorthand_keys(text)
+            except InputError as error:
+                problems += error.problems
+        problems += limit_problems(values, option)
+        parsed.append(values)
+    if problems:
+        raise InputError(problems)
+    return UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits_of(*parsed))
+
+
+def _named(inputs: _Inputs, answer: Answer) -> list[NamedStrategy]:
+    from meshwright.io.inputs import NamedStrategy
+    from meshwright.strategy import expand
+
+    return [NamedStrategy(expand(found, inputs.graph), str(found)) for found in answer.ranking]
+
+
+def _estimate(inputs: _Inputs, named: NamedStrategy) -> Estimate:
+    from meshwright.cost.analytic import estimate
+
+    return estimate(inputs.graph, inputs.cluster, named.strategy, inputs.workload, inputs.engine)
+
+
+def _plan_json(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStrategy, Estimate]]) -> dict[str, Any]:
+    entries = [
+        {"shorthand": named.shorthand, "strategy": asdict(named.strategy), "estimate": asdict(estimate)}
+        for named, estimate in ranking
+    ]
+    return {
+        "model": _model_json(inputs),
+        "best": entries[0] if entries else None,
+        "ranking": entries,
+        "space": {
+            "name": answer.certificate.space,
+            "num_strategies": answer.certificate.num_strategies,
+            "num_feasible": answer.certificate.num_feasible,
+        },
+        "elapsed_s": answer.elapsed_s,
+        "cpu_s": answer.cpu_s,
+        "strategies_per_s": answer.strategies_per_s,
+        "certificate": asdict(answer.certificate),
+        "reasons": [] if entries else _no_plan_reasons(inputs, answer),
+    }
+
+
+def _model_json(inputs: _Inputs) -> dict[str, Any]:
+    return {
+        "name": inputs.graph.name,
+        "num_parameters": inputs.graph.num_parameters,
+        "forward_flops": inputs.graph.forward_flops(inputs.workload.global_batch, inputs.workload.seq_len),
+    }
+
+
+def _no_plan_reasons(inputs: _Inputs, answer: Answer) -> list[str]:
+    """Why nothing fits: the strategy that needs least memory, and how much it lacks; or that nothing is legal."""
+    from meshwright.strategy import expand
+
+    if answer.nearest is None:
+        return [
+            f"no legal strategy puts a global batch of {inputs.workload.global_batch} on exactly "
+            f"{inputs.cluster.num_devices} devices within the given limits"
+        ]
+    from meshwright.cost.analytic import devices_needed, estimate
+
+    strategy = expand(answer.nearest, inputs.graph)
+    found = estimate(inputs.graph, inputs.cluster, strategy, inputs.workload, inputs.engine)
+    return [
+        f"the strategy that needs least memory, {answer.nearest}, does not fit: {found.reasons[0]}",
+        f"nearest fix: {devices_needed(inputs.graph, inputs.cluster, inputs.workload, inputs.engine)}",
+    ]
+
+
+def _write_plan(out: str, inputs: _Inputs, named: NamedStrategy, estimate: Estimate, answer: Answer) -> None:
+    from meshwright.io.native import fingerprint, write
+    from meshwright.plan import Plan
+
+    write(
+        Plan(
+            model=inputs.model_text,
+            model_hash=fingerprint(inputs.graph),
+            cluster=inputs.cluster_text,
+            cluster_hash=fingerprint(inputs.cluster),
+            engine=inputs.engine.name,
+            workload=inputs.workload,
+            shorthand=named.shorthand or "",
+            strategy=named.strategy,
+            estimate=estimate,
+            certificate=answer.certificate,
+        ),
+        out,
+    )
+
+
+def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStrategy, Estimate]]) -> None:
+    from meshwright.cost.analytic import usable_memory
+    from meshwright.report.text import estimate_view, pipeline_view, ranking_table
+
+    console = _console()
+    console.print(_heading(inputs))
+    if not ranking:
+        for reason in _no_plan_reasons(inputs, answer):
+            console.print(reason, style="red")
+        return
+    console.print(ranking_table([(named.shorthand or "", estimate) for named, estimate in ranking]))
+    best, estimate = ranking[0]
+    console.print(estimate_view(best.shorthand or "", estimate, usable_memory(inputs.cluster)))
+    strategy = best.strategy
+    console.print(
+        pipeline_view(
+            strategy.schedule,
+            strategy.pipeline_size,
+            strategy.virtual_stages,
+            strategy.num_microbatches(inputs.workload),
+            console.width,
+        )
+    )
+    console.print(
+        f"{answer.certificate.statement} ({answer.elapsed_s:.2f} s, {answer.strategies_per_s:,.0f} a CPU-second).",
+        style="dim",
+    )
+
+
+def _heading(inputs: _Inputs) -> str:
+    from meshwright.units import format_count
+
+    graph, workload, cluster = inputs.graph, inputs.workload, inputs.cluster
+    return (
+        f"[bold]{graph.name}[/bold] ({format_count(graph.num_parameters)} parameters) on [bold]{cluster.name}[/bold] "
+        f"({cluster.num_devices:,} devices), {workload.global_batch:,} x {workload.seq_len:,} tokens a step, "
+        f"{workload.precision}, engine {inputs.engine.name}"
+    )
+
+
+@contextmanager
+def _progress(title: str, quiet: bool = False) -> Iterator[Callable[[int], None] | None]:
+    """A line on stderr while work goes on; nothing where nobody watches."""
+    console = _console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    with console.status(title) as status:
+        yield lambda done: status.update(f"{title}: {done:,}")
+
+
+# --- estimate and explain ------------------------------------------------------------------------------------------
+
+
+@app.command()
+def estimate(
+    model: Model,
+    cluster: ClusterName,
+    strategy: StrategyText,
+    global_batch: GlobalBatch,
+    seq_len: SeqLen,
+    evaluator: Annotated[str, typer.Option(help="Which evaluator predicts.")] = "analytic",
+    engine: EngineName = None,
+    precision: Precision = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Predict one strategy: time and memory by cause, utilisation, communication, and whether it fits."""
+    inputs, named = _strategy_inputs(model, cluster, strategy, global_batch, seq_len, engine, precision)
+    _check_evaluator(evaluator)
+    found = _estimate(inputs, named)
+    if as_json:
+        fix = _nearest_fix(inputs, named, found)
+        _print_json("estimate/1", {"shorthand": named.shorthand, **asdict(found), "nearest_fix": fix})
+    else:
+        _show_estimate(inputs, named, found)
+    if not found.feasible:
+        raise typer.Exit(1)
+
+
+def _strategy_inputs(
+    model: str, cluster: str, strategy: str, global_batch: int, seq_len: int, engine: str | None, precision: str
+) -> tuple[_Inputs, NamedStrategy]:
+    from meshwright.io.inputs import read_strategy
+
+    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision)
+    return inputs, read_strategy(strategy, inputs.graph, inputs.cluster.num_devices, inputs.workload)
+
+
+def _check_evaluator(name: str) -> None:
+    from meshwright.errors import InputError, Problem, nearest_name
+
+    if name != "analytic":
+        raise InputError([Problem("--evaluator", name, "known: analytic", nearest_name(name, ["analytic"]))])
+
+
+def _nearest_fix(inputs: _Inputs, named: NamedStrategy, found: Estimate) -> str | None:
+    if found.feasible or named.shorthand is None:
+        return None
+    from meshwright.search.repair import nearest_fix
+
+    return nearest_fix(named.shorthand, inputs.graph, inputs.cluster, inputs.workload, inputs.engine)
+
+
+def _show_estimate(inputs: _Inputs, named: NamedStrategy, found: Estimate) -> None:
+    from meshwright.cost.analytic import usable_memory
+    from meshwright.report.text import estimate_view
+
+    console = _console()
+    console.print(_heading(inputs))
+    console.print(estimate_view(named.shorthand or "(from file)", found, usable_memory(inputs.cluster)))
+    fix = _nearest_fix(inputs, named, found)
+    if fix:
+        console.print(f"nearest fix: {fix}")
+
+
+@app.command()
+def explain(
+    model: Model,
+    cluster: ClusterName,
+    strategy: StrategyText,
+    global_batch: GlobalBatch,
+    seq_len: SeqLen,
+    against: Annotated[str, typer.Option("--against", metavar="STRATEGY", help="Say where the two part.")] = "",
+    engine: EngineName = None,
+    precision: Precision = "bfloat16",
+    as_json: AsJson = False,
+) -> None:
+    """Take an estimate apart: which operator, tensor and collective makes each number, and where each tensor lies."""
+    from meshwright.cost.explain import explain as take_apart
+    from meshwright.io.inputs import read_strategy
+
+    inputs, named = _strategy_inputs(model, cluster, strategy, global_batch, seq_len, engine, precision)
+    other = read_strategy(against, inputs.graph, inputs.cluster.num_devices, inputs.workload) if against else None
+    found = take_apart(inputs.graph, inputs.cluster, named.strategy, inputs.workload, inputs.engine)
+    compared = _estimate(inputs, other) if other else None
+    if as_json:
+        values = {"shorthand": named.shorthand, **asdict(found)}
+        if other and compared:
+            values["against"] = {"shorthand": other.shorthand, "estimate": asdict(compared)}
+        _print_json("explanation/1", values)
+        return
+    from meshwright.report.text import comparison_table, leaf_tree, placement_table, shorthand_text
+
+    console = _console()
+    console.print(_heading(inputs))
+    if other and compared:
+        names = tuple(shorthand_text(each.shorthand or "file") for each in (named, other))
+        console.print(comparison_table((names[0], names[1]), found.estimate, compared))
+        faster = names[0] if found.estimate.step_time_s <= compared.step_time_s else names[1]
+        console.print(f"{faster} takes less time.")
+        return
+    console.print(leaf_tree(found.time))
+    console.print(leaf_tree(found.memory))
+    console.print(placement_table(found))
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    plan_or_model: Annotated[str, typer.Argument(metavar="PLAN_OR_MODEL", help="Plan file, or a model as for plan.")],
+    strategy: Annotated[str, typer.Argument(metavar="[STRATEGY]", help="Where a model is given.")] = "",
+    steps: Annotated[int, typer.Option(min=1, max=1_000_000, help="Steps to train.")] = 3,
+    nproc: Annotated[int, typer.Option("--nproc", min=0, help="Processes; must be the strategy's.")] = 0,
+    global_batch: Annotated[int, typer.Option("--global-batch", metavar="N", help="Sequences per step.")] = 0,
+    seq_len: Annotated[int, typer.Option("--seq-len", metavar="S", help="Tokens per sequence.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16. [default: the plan's, or float32]")] = "",
+    seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
+    tokens: Annotated[str, typer.Option(metavar="FILE", help="Train on these token ids (.npy or .bin).")] = "",
+    cluster: Annotated[str, typer.Option(help="Predict for this cluster. [default: local-cpuxP]")] = "",
+    check: Annotated[bool, typer.Option("--check", help="Compare with one device, every gradient.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on PyTorch (Gloo processes of this machine) under a strategy; dropout is off, so that runs compare."""
+    from meshwright.io.inputs import read_cluster, read_engine
+    from meshwright.io.runs import RunRequest, read_run
+
+    request = RunRequest(plan_or_model, strategy, nproc, global_batch, seq_len, dtype)
+    graph, named, workload = read_run(request)
+    cluster_text = cluster or f"local-cpux{named.strategy.num_devices}"
+    machine = read_cluster(cluster_text)
+    inputs = _Inputs(graph, machine, workload, read_engine("meshwright", cluster_text), cluster_text, plan_or_model)
+    from meshwright.runtime.launch import run as execute
+
+    with _progress(f"training on {named.strategy.num_devices} processes", quiet=as_json):
+        measured = execute(graph, named.strategy, workload, steps=steps, seed=seed, check=check, tokens=tokens or None)
+    predicted = _estimate(inputs, named) if machine.num_devices == named.strategy.num_devices else None
+    if as_json:
+        _print_json("run/1", _run_json(named, measured, predicted))
+    else:
+        from meshwright.report.text import measurement_view
+
+        console = _console()
+        console.print(_heading(inputs))
+        console.print(f"strategy {named.shorthand or '(from file)'}")
+        console.print(measurement_view(measured, predicted))
+    if measured.check and not measured.check.passed:
+        raise typer.Exit(1)
+
+
+def _run_json(named: NamedStrategy, measured: Measurement, predicted: Estimate | None) -> dict[str, Any]:
+    values = {"shorthand": named.shorthand, **asdict(measured)}
+    values["predicted"] = asdict(predicted) if predicted else {}
+    if measured.check:
+        values["check"] = {**asdict(measured.check), "passed": measured.check.passed}
+    return values
+
+
+# --- presets, calibrate, schema ------------------------------------------------------------------------------------
+
+
+@app.command()
+def presets(as_json: AsJson = False) -> None:
+    """List the models, clusters, engines, schedules and methods that come with Meshwright."""
+    import meshwright.search.exhaustive  # noqa: F401  (registers itself)
+    from meshwright.cluster import cluster_templates
+    from meshwright.engine import engine_names
+    from meshwright.io.models import load_model, model_presets
+    from meshwright.schedule import SCHEDULES
+    from meshwright.search.method import METHODS
+
+    models = {name: load_model(name).num_parameters for name in model_presets()}
+    clusters = cluster_templates()
+    if as_json:
+        _print_json(
+            "presets/1",
+            {
+                "models": [{"name": name, "num_parameters": count} for name, count in models.items()],
+                "clusters": [
+                    {"name": f"{name}xN", "counts": found.counts, "devices_per_unit": found.devices_per_unit}
+                    for name, found in clusters.items()
+                ],
+                "engines": list(engine_names()),
+                "schedules": list(SCHEDULES),
+                "methods": list(METHODS),
+            },
+        )
+        return
+    from rich.columns import Columns
+
+    from meshwright.units import format_count
+
+    console = _console()
+    console.print("[bold]models[/bold]  (or a Hugging Face config.json)")
+    console.print(
+        Columns([f"{name} [dim]{format_count(count)}[/dim]" for name, count in models.items()], padding=(0, 3))
+    )
+    console.print("\n[bold]clusters[/bold]  (NAMExN: N nodes, racks, chips or processes)")
+    console.print(
+        Columns(
+            [f"{name}xN [dim]{found.devices_per_unit} per {found.counts}[/dim]" for name, found in clusters.items()],
+            padding=(0, 3),
+        )
+    )
+    for title, names in (("engines", engine_names()), ("schedules", SCHEDULES), ("methods", METHODS)):
+        console.print(f"\n[bold]{title}[/bold]  {', '.join(names)}")
+
+
+@calibrate_app.command("local")
+def calibrate_local(
+    nproc: Annotated[int, typer.Option("--nproc", min=1, max=64, help="Processes that will run.")] = 2,
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Cluster file (- is stdout).")] = "-",
+) -> None:
+    """Measure this machine's matmul, memory and Gloo collectives into a cluster file."""
+    from meshwright.io.native import write
+    from meshwright.runtime.calibrate import calibrate_local as measure
+
+    with _progress(f"measuring with {nproc} processes"):
+        cluster = measure(nproc)
+    write(cluster, out)
+
+
+@app.command()
+def schema(noun: Annotated[str, typer.Argument(help="graph, cluster, strategy, plan, ...")] = "") -> None:
+    """Print the JSON Schema of a noun's file, or list the nouns."""
+    from meshwright.io.native import NOUNS, json_schema
+
+    if not noun:
+        _console().print("\n".join(NOUNS))
+        return
+    sys.stdout.write(json.dumps(json_schema(noun), indent=2) + "\n")
+
+
+def main() -> None:
+    """Run the command line; bad input ends with one clear message and status 2."""
+    from meshwright.errors import InputError, MeshwrightError
+
+    try:
+        app()
+    except InputError as error:
+        sys.stderr.write("".join(f"error: {problem}\n" for problem in error.problems))
+        sys.exit(2)
+    except MeshwrightError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)

@@ -1,0 +1,63 @@
+"""The engine: the software that executes a strategy, as a few numbers with their provenance.
+
+The same strategy has another speed on another engine: what it hides behind computation, what its kernels fuse, in which
+type it accumulates gradients, what it keeps in memory and what starting a kernel costs it. Engines are data files in
+`data/engines`; an estimate names the one it was made for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshwright.errors import InputError, Problem, nearest_name
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a piece of software runs a strategy.
+
+    `exposed` is, per degree (`tp`, `dp`, `pp`, ...), the share of communication time that computation cannot hide
+    even where there is enough of it; 1 where the engine waits. `fused_kinds` are the operators that run inside a
+    neighbour's kernel. `traffic_factor` is the memory traffic of the others over the bytes of their operands.
+    `operator_launch_s` is what the host needs per operator of the forward (twice that in the backward): a block
+    takes at least the sum. `collective_skew_s` is lost per doubling of the group in each collective to ranks waiting
+    for each other. `slice_messages`: between stages each rank sends its part of what lies replicated.
+    `reserved_bytes` is memory that no tensor holds: context, communication buffers. `sources` says where each number
+    is from.
+    """
+
+    name: str
+    exposed: dict[str, float]
+    fused_kinds: tuple[str, ...]
+    traffic_factor: float
+    operator_launch_s: float
+    collective_skew_s: float
+    gradient_dtype: str
+    master_weights: bool
+    reserved_bytes: float
+    slice_messages: bool = False
+    step_constant_s: float = 0.0
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def engine_names() -> tuple[str, ...]:
+    """Names of the engines that come with the package."""
+    return tuple(sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir()))
+
+
+def load_engine(name: str) -> Engine:
+    """An engine by name; raises `InputError` with the known names where there is none."""
+    names = engine_names()
+    if name not in names:
+        rule = f"known engines: {', '.join(names)}"
+        raise InputError([Problem("--engine", name, rule, nearest_name(name, names))])
+    data = json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    return Engine(**{**data, "fused_kinds": tuple(data["fused_kinds"])})
+
+
+def _folder() -> Any:
+    import importlib.resources  # here: it costs more than the rest of this module to import
+
+    return importlib.resources.files("meshwright") / "data" / "engines"

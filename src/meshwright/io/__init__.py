@@ -1,0 +1,1 @@
+"""Doors: files in and out, one module per format."""

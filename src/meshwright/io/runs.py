@@ -1,0 +1,98 @@
+"""What `meshwright run` is asked to do: a plan file, or a model with a strategy and a workload, made consistent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from meshwright.errors import InputError, Problem
+from meshwright.graph import Graph
+from meshwright.io.inputs import (
+    NamedStrategy,
+    looks_like_file,
+    make_workload,
+    read_strategy,
+    read_strategy_file,
+)
+from meshwright.io.models import load_model
+from meshwright.plan import Plan
+from meshwright.strategy import parse_shorthand, strategy_problems
+from meshwright.workload import Workload
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The words and numbers of the command; 0 and empty where not given."""
+
+    plan_or_model: str
+    strategy: str
+    nproc: int
+    global_batch: int
+    seq_len: int
+    dtype: str
+
+
+def read_run(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
+    """The graph, the legal strategy and the workload of a run; every fault is named."""
+    plan = _read_plan(request.plan_or_model)
+    return _from_plan(request, plan) if plan else _from_model(request)
+
+
+def _read_plan(text: str) -> Plan | None:
+    if not looks_like_file(text) or text == "-":
+        return None
+    if Path(text).is_dir():
+        return None
+    from meshwright.io import native
+
+    data = native.read_json_object(text, "a plan or a Hugging Face config")
+    if not str(data.get("schema", "")).startswith("plan/"):
+        return None
+    record: Any = native.read(text, "plan")
+    assert isinstance(record, Plan)
+    return record
+
+
+def _from_plan(request: RunRequest, plan: Plan) -> tuple[Graph, NamedStrategy, Workload]:
+    given = plan.workload
+    workload = make_workload(
+        request.global_batch or given.global_batch, request.seq_len or given.seq_len, request.dtype or given.precision
+    )
+    graph = load_model(plan.model)
+    named = NamedStrategy(plan.strategy, plan.shorthand or None)
+    if request.strategy:
+        raise InputError([Problem("STRATEGY", request.strategy, "a plan file brings its own strategy")])
+    _check_processes(request.nproc, named.strategy.num_devices)
+    problems = strategy_problems(named.strategy, graph, named.strategy.num_devices, workload)
+    if problems:
+        raise InputError(problems)
+    return graph, named, workload
+
+
+def _from_model(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
+    missing = [
+        Problem(option, "", "is needed where a model is given", example)
+        for option, value, example in (
+            ("STRATEGY", request.strategy, "dp=2"),
+            ("--global-batch", request.global_batch, "--global-batch 8"),
+            ("--seq-len", request.seq_len, "--seq-len 64"),
+        )
+        if not value
+    ]
+    if missing:
+        raise InputError(missing)
+    workload = make_workload(request.global_batch, request.seq_len, request.dtype or "float32")
+    graph = load_model(request.plan_or_model)
+    if looks_like_file(request.strategy):
+        num_devices = request.nproc or read_strategy_file(request.strategy).num_devices
+    else:
+        num_devices = request.nproc or parse_shorthand(request.strategy).num_devices
+    return graph, read_strategy(request.strategy, graph, num_devices, workload), workload
+
+
+def _check_processes(nproc: int, num_devices: int) -> None:
+    if nproc and nproc != num_devices:
+        raise InputError(
+            [Problem("--nproc", str(nproc), f"the strategy is for {num_devices} devices", f"{num_devices}")]
+        )

@@ -1,0 +1,258 @@
+"""What people see in a terminal: tables, ledgers as bars, the pipeline drawn over time.
+
+Each function takes records and gives something that Rich prints; nothing is computed here but widths. Colour never
+stands alone: every bar has its name and number beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from meshwright.cost.explain import Explanation, Leaf
+from meshwright.results import Check, Estimate, Measurement
+from meshwright.schedule import ActionKind, Timeline, actions, replay
+from meshwright.strategy import Shorthand
+from meshwright.units import format_bytes, format_count, format_seconds
+
+#: One palette for what a device does.
+PALETTE = {
+    "compute": "green",
+    "recompute": "dark_green",
+    "exposed": "magenta",
+    "bubble": "bright_black",
+    "launch": "yellow",
+    "optimizer": "cyan",
+    "F": "green",
+    "B": "blue",
+    "I": "blue",
+    "W": "cyan",
+}
+
+BAR_WIDTH = 28
+
+
+def shorthand_text(shorthand: str) -> str:
+    """A shorthand without the keys that stand at their defaults.
+
+    >>> shorthand_text("tp=8,pp=1,dp=4,ep=1,mbs=1,vpp=1,schedule=1F1B,zero=1,recompute=none,sp=1")
+    'tp=8,dp=4,zero=1,sp=1'
+    """
+    defaults = str(Shorthand()).split(",")
+    return ",".join(part for part in shorthand.split(",") if part not in defaults) or "one device"
+
+
+def _plain_table(*columns: tuple[str, str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    return table
+
+
+def ranking_table(entries: Sequence[tuple[str, Estimate]]) -> Table:
+    """The best strategies, one a row."""
+    table = _plain_table(
+        ("#", "right"), ("strategy", "left"), ("step", "right"), ("tokens/s", "right"), ("MFU", "right"),
+        ("memory", "right"), ("bubble", "right"), ("exposed", "right"),
+    )  # fmt: skip
+    for place, (shorthand, estimate) in enumerate(entries, 1):
+        exposed = sum(value for name, value in estimate.time.items() if name.startswith("exposed"))
+        table.add_row(
+            str(place),
+            shorthand_text(shorthand),
+            format_seconds(estimate.step_time_s),
+            format_count(estimate.tokens_per_s),
+            f"{estimate.mfu:.1%}",
+            format_bytes(estimate.peak_memory_bytes),
+            f"{estimate.bubble_fraction:.1%}",
+            f"{exposed / estimate.step_time_s:.1%}",
+            style="bold" if place == 1 else "",
+        )
+    return table
+
+
+def ledger(title: str, entries: Mapping[str, float], total: float, unit: str, capacity: float | None = None) -> Table:
+    """A ledger as bars, largest first; entries sum to the total."""
+    show = format_seconds if unit == "s" else format_bytes
+    scale = capacity or total
+    table = _plain_table((title, "left"), ("", "right"), ("", "right"), ("", "left"))
+    table.show_header = True
+    for name, value in sorted(entries.items(), key=lambda item: -item[1]):
+        if value > 0:
+            table.add_row(name, show(value), f"{value / scale:.1%}", _bar(name, value / scale))
+    note = f"of {show(capacity)}" if capacity else ""
+    table.add_section()
+    table.add_row("total", show(total), f"{total / scale:.1%}", note, style="bold")
+    return table
+
+
+def _bar(name: str, share: float) -> Text:
+    colour = PALETTE.get(name.split("_")[0], "blue")
+    return Text("█" * max(1, round(min(share, 1.0) * BAR_WIDTH)), style=colour)
+
+
+def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Group:
+    """One estimate: verdict, the two ledgers, utilisation and communication."""
+    verdict = Text("fits", style="green") if estimate.feasible else Text("does not fit", style="red")
+    head = Text.assemble(
+        ("strategy ", "dim"), shorthand, "\n",
+        ("step ", "dim"), (format_seconds(estimate.step_time_s), "bold"),
+        ("   tokens/s ", "dim"), format_count(estimate.tokens_per_s),
+        ("   MFU ", "dim"), f"{estimate.mfu:.1%}", ("   HFU ", "dim"), f"{estimate.hfu:.1%}",
+        ("   bubble ", "dim"), f"{estimate.bubble_fraction:.1%}", ("   memory ", "dim"), verdict,
+    )  # fmt: skip
+    sent = {axis: value for axis, value in estimate.communication.items() if value}
+    parts: list[RenderableType] = [
+        head,
+        ledger("time", estimate.time, estimate.step_time_s, "s"),
+        ledger("memory of the worst rank", estimate.memory, estimate.peak_memory_bytes, "B", usable_bytes),
+    ]
+    if sent:
+        text = ", ".join(f"{axis} {format_bytes(value)}" for axis, value in sent.items())
+        parts.append(Text.assemble(("sent per rank and step: ", "dim"), text))
+    parts += [Text(reason, style="red") for reason in estimate.reasons]
+    return Group(*parts)
+
+
+def leaf_tree(leaf: Leaf, depth: int = 3, least: float = 0.005) -> Tree:
+    """A tree of numbers, branches under `least` of the whole folded into one line."""
+    tree = Tree(_leaf_text(leaf))
+    _grow(tree, leaf, depth, least * leaf.value)
+    return tree
+
+
+def _grow(tree: Tree, leaf: Leaf, depth: int, least: float) -> None:
+    shown = sorted((child for child in leaf.children if child.value >= least), key=lambda child: -child.value)
+    rest = [child for child in leaf.children if child.value < least]
+    for child in shown:
+        branch = tree.add(_leaf_text(child))
+        if depth > 1:
+            _grow(branch, child, depth - 1, least)
+    if rest:
+        total = sum(child.value for child in rest)
+        if total > 0:
+            tree.add(_leaf_text(Leaf(f"{len(rest)} more", total, leaf.unit)))
+
+
+def _leaf_text(leaf: Leaf) -> Text:
+    show = format_seconds if leaf.unit == "s" else format_bytes
+    return Text.assemble(
+        (f"{show(leaf.value):>11}  ", "bold"), leaf.name, (f"  {leaf.note}" if leaf.note else "", "dim")
+    )
+
+
+def placement_table(explanation: Explanation) -> Table:
+    """Where every tensor of every block lies, as chips: S(dim) sharded, P a partial sum; axes not named replicate."""
+    table = _plain_table(("block", "left"), ("tensor", "left"), ("placement", "left"), ("local shape", "left"))
+    previous = ""
+    for item in explanation.placements:
+        chips = "  ".join(
+            f"{axis}:{text.replace('Shard', 'S').replace('Partial', 'P')}" for axis, text in item.placements.items()
+        )
+        shape = " ".join(f"{dim}={size}" for dim, size in item.local_shape.items())
+        table.add_row(item.block if item.block != previous else "", item.tensor, chips or "replicated", shape)
+        previous = item.block
+    return table
+
+
+def comparison_table(names: tuple[str, str], one: Estimate, other: Estimate) -> Table:
+    """Where two estimates part, entry by entry."""
+    table = _plain_table(("", "left"), (names[0], "right"), (names[1], "right"), ("difference", "right"))
+    for entries, others, show in ((one.time, other.time, format_seconds), (one.memory, other.memory, format_bytes)):
+        for name in dict.fromkeys((*entries, *others)):
+            left, right = entries.get(name, 0.0), others.get(name, 0.0)
+            if left or right:
+                sign = "+" if right > left else "-" if right < left else ""
+                table.add_row(name, show(left), show(right), f"{sign}{show(abs(right - left))}")
+        total = (sum(entries.values()), sum(others.values()))
+        sign = "+" if total[1] > total[0] else "-" if total[1] < total[0] else ""
+        table.add_row(
+            "total", *(show(value) for value in total), f"{sign}{show(abs(total[1] - total[0]))}", style="bold"
+        )
+        table.add_section()
+    return table
+
+
+# --- the pipeline over time ----------------------------------------------------------------------------------------
+
+MAX_RANKS_DRAWN = 16
+
+
+def pipeline_view(schedule: str, num_ranks: int, num_virtual: int, num_microbatches: int, width: int) -> RenderableType:
+    """The schedule drawn with a forward of 1 and a backward of 2; long ones are drawn for fewer microbatches."""
+    if num_ranks == 1 or num_ranks > MAX_RANKS_DRAWN:
+        return Text("")
+    drawn = min(num_microbatches, max(num_ranks * (2 if num_virtual > 1 else 1), 4))
+    if schedule == "Interleaved1F1B" and drawn < num_microbatches:
+        drawn = min(num_microbatches, 2 * num_ranks)
+    timeline = replay(
+        actions(schedule, num_ranks, num_virtual, drawn),
+        lambda action: 1.0 if action.kind is ActionKind.F else 2.0,
+        num_ranks * num_virtual,
+    )
+    note = f"{schedule}, {num_ranks} ranks x {num_virtual} stages"
+    note += f", the first {drawn} of {num_microbatches} microbatches" if drawn < num_microbatches else ""
+    return Group(
+        Text(f"{note} (digits: microbatch; forward 1, backward 2)", style="dim"), timeline_text(timeline, width)
+    )
+
+
+def timeline_text(timeline: Timeline, width: int) -> Text:
+    """One line per rank; each cell is a slice of time, a digit the microbatch (modulo 10), a dot idle."""
+    cells = max(10, width - 9)
+    step = timeline.makespan_s / cells
+    text = Text()
+    for rank, row in enumerate(timeline.actions):
+        text.append(f"rank {rank:<3} ", style="dim")
+        spans = list(zip(row, timeline.start_s[rank], timeline.end_s[rank], strict=True))
+        for cell in range(cells):
+            middle = (cell + 0.5) * step
+            found = next((action for action, start, end in spans if start <= middle < end), None)
+            if found is None:
+                text.append("·", style=PALETTE["bubble"])
+            else:
+                text.append(str(found.microbatch % 10), style=f"black on {PALETTE[found.kind.value]}")
+        text.append("\n")
+    return text
+
+
+# --- runs ----------------------------------------------------------------------------------------------------------
+
+
+def measurement_view(measurement: Measurement, predicted: Estimate | None) -> Group:
+    """Losses, and what was measured beside what was predicted."""
+    losses = ", ".join(f"{loss:.6f}" for loss in measurement.losses)
+    parts: list[RenderableType] = [Text.assemble(("losses ", "dim"), losses)]
+    table = _plain_table(("", "left"), ("measured", "right"), ("predicted", "right"), ("predicted / measured", "right"))
+    rows: Iterable[tuple[str, float, float | None, str]] = (
+        ("step time", measurement.step_time_s, predicted.step_time_s if predicted else None, "s"),
+        (
+            "peak memory of a rank",
+            measurement.peak_memory_bytes,
+            predicted.peak_memory_bytes if predicted else None,
+            "B",
+        ),
+    )
+    for name, measured, expected, unit in rows:
+        show = format_seconds if unit == "s" else format_bytes
+        ratio = f"{expected / measured:.2f}" if expected and measured else ""
+        table.add_row(name, show(measured), show(expected) if expected else "", ratio)
+    parts.append(table)
+    if measurement.check:
+        parts.append(check_text(measurement.check))
+    return Group(*parts)
+
+
+def check_text(check: Check) -> Text:
+    """The verdict of a check against one device."""
+    word = ("equal to one device", "green") if check.passed else ("NOT equal to one device", "red")
+    return Text.assemble(
+        word,
+        f": largest relative difference of a loss {check.max_loss_difference:.1e}, of {check.num_gradients} gradients "
+        f"{check.max_gradient_difference:.1e} (tolerance {check.tolerance:.0e})",
+    )

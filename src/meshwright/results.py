@@ -1,0 +1,64 @@
+"""Results: what an evaluator says of a strategy (`Estimate`) and what a run showed (`Measurement`).
+
+A ledger's entries sum to their total: the entries of `time` to `step_time_s`, those of `memory` to
+`peak_memory_bytes`. An infeasible estimate keeps its numbers and says why it is infeasible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A prediction of one step.
+
+    `time` in seconds by cause, summing to `step_time_s`; `memory` in bytes by category of the worst rank, summing to
+    `peak_memory_bytes`; `communication` in bytes that the busiest rank sends per step, by mesh axis. `mfu` counts the
+    model's FLOPs (three forwards), `hfu` adds what is recomputed; both are fractions of the dense peak.
+    """
+
+    feasible: bool
+    reasons: tuple[str, ...]
+    step_time_s: float
+    time: dict[str, float]
+    memory: dict[str, float]
+    peak_memory_bytes: float
+    mfu: float
+    hfu: float
+    bubble_fraction: float
+    communication: dict[str, float]
+    tokens_per_s: float
+    evaluator: str = "analytic"
+    assumptions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Check:
+    """A run held against one device with the same weights and data.
+
+    Differences are relative: of losses to the loss, of a gradient to its largest magnitude, or to 1e-6 of the largest
+    of all gradients where that is more (the true gradient of a key bias is 0).
+    """
+
+    max_loss_difference: float
+    max_gradient_difference: float
+    num_gradients: int
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both differences stay within the tolerance of the type computed in."""
+        return max(self.max_loss_difference, self.max_gradient_difference) <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A real run: the loss of each step, the median step after the first, the largest peak of any rank."""
+
+    losses: tuple[float, ...]
+    step_time_s: float
+    step_times_s: tuple[float, ...]
+    peak_memory_bytes: float
+    rank_memory_bytes: tuple[float, ...] = field(default=())
+    check: Check | None = None

@@ -1,0 +1,477 @@
+"""Placements on a mesh, and the communication that follows from them.
+
+An operator is split by naming, for each mesh axis, the one of its dims that the axis splits. Everything else follows:
+
+- an operand that has the dim lies `Shard(dim)` on that axis, one that lacks it lies `Replicate`;
+- a result that lacks it (the dim was contracted) is `Partial`: each rank holds a summand;
+- where a tensor is made under one placement and used under another, a *redistribution* gives the collective;
+- backward mirrors forward: the gradient of a shard is a shard, of something replicated over an axis that splits the
+  operator a partial sum, of a partial sum something replicated. The gradient travels each edge the other way.
+
+Megatron's tensor parallelism, sequence, vocabulary, context and data parallelism and the ZeRO levels are placements
+and nothing else: no function here knows their names, and none knows a size. What comes out is symbolic, and is sized
+later by numbers or by whole columns of them. *axis* is a mesh axis, *dim* a tensor dim. The notation of placements is
+PyTorch's DTensor's; the factor view of an operator is that of GSPMD (2105.04663) and Shardy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from meshwright.graph import Block, Operator, Role, Tensor
+
+#: A parameter's elements as one flat run: the dim along which training state is sharded.
+FLAT = "flat"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Each rank of the axis holds one piece along `dim`."""
+
+    dim: str
+
+    def __str__(self) -> str:
+        return f"Shard({self.dim})"
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """Each rank of the axis holds the whole."""
+
+    def __str__(self) -> str:
+        return "Replicate"
+
+
+@dataclass(frozen=True)
+class Partial:
+    """Each rank of the axis holds a summand of the whole."""
+
+    def __str__(self) -> str:
+        return "Partial"
+
+
+Placement = Shard | Replicate | Partial
+REPLICATE = Replicate()
+PARTIAL = Partial()
+
+#: Placement of one tensor on each mesh axis; an axis that is not named replicates.
+Placements = Mapping[str, Placement]
+
+#: The dim of an operator that each mesh axis splits.
+Split = Mapping[str, str]
+
+
+class Collective(StrEnum):
+    """A collective operation, or `SLICE`: a rank keeps a piece of what it has, for nothing."""
+
+    ALL_REDUCE = "all_reduce"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_TO_ALL = "all_to_all"
+    SLICE = "slice"
+
+
+class Phase(StrEnum):
+    """When a transfer happens: in the forward, in the backward, or in the backward to have a saved value again."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    REGATHER = "regather"
+
+
+@dataclass(frozen=True)
+class AxisRule:
+    """What a mesh axis splits in each operator: the first of `dims` that the operator has and allows.
+
+    Where it has none of them, the first of `fallback`, unless the operator has a dim of `blocked_by`.
+    """
+
+    axis: str
+    dims: tuple[str, ...]
+    fallback: tuple[str, ...] = ()
+    blocked_by: tuple[str, ...] = ()
+
+    def choose(self, operator: Operator) -> str | None:
+        """The dim of `operator` that this axis splits, or None where the operator stays whole."""
+        for dim in self.dims:
+            if operator.splittable(dim):
+                return dim
+        if any(dim in operator.dims for dim in self.blocked_by):
+            return None
+        return next((dim for dim in self.fallback if operator.splittable(dim)), None)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One collective of a redistribution: over `axes` jointly, `source` dim and `target` dim where they matter.
+
+    `larger` is the tensor's placement on its larger side (before a scatter, after a gather): the local size under it
+    is the size that `traffic` counts by.
+    """
+
+    collective: Collective
+    axes: tuple[str, ...]
+    source: str | None
+    target: str | None
+    larger: Placements
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A step that a block needs: which tensor (or its gradient) moves, when, and for which operator."""
+
+    tensor: str
+    phase: Phase
+    operator: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class OperatorLayout:
+    """An operator under a split: the placement that each operand must have and that each result has."""
+
+    operator: Operator
+    split: Split
+    inputs: tuple[Placements, ...]
+    outputs: tuple[Placements, ...]
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """A block under the splits of its operators: what lies where, what moves, what is kept for the backward.
+
+    `made` is the placement under which each tensor is produced (a parameter: under which it is stored, before state
+    sharding). `kept` is the placement under which a tensor that some backward reads is held. `partial_gradients`
+    names, per parameter, the axes over which its gradient is still a sum when the block's backward is done.
+    """
+
+    block: Block
+    operators: tuple[OperatorLayout, ...]
+    transfers: tuple[Transfer, ...]
+    made: Mapping[str, Placements]
+    kept: Mapping[str, Placements]
+    partial_gradients: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def boundary(self) -> tuple[tuple[str, Placements], ...]:
+        """The tensors that leave the block, under the placement in which they leave."""
+        return tuple((name, self.made[f"{name}@out"]) for name in self.block.outputs)
+
+
+def operator_splits(block: Block, rules: Sequence[AxisRule]) -> dict[str, dict[str, str]]:
+    """The split of every operator of a block, and of its boundary tensors, that the rules of the axes give."""
+    boundary = [
+        Operator(name=name, kind="boundary", spec=f"{' '.join(dims)} -> {' '.join(dims)}", inputs=(), outputs=())
+        for name in (*block.inputs, *block.outputs)
+        for dims in [block.tensor[name].dims]
+    ]
+    splits = {}
+    for operator in (*block.operators, *boundary):
+        chosen = {rule.axis: rule.choose(operator) for rule in rules}
+        splits[operator.name] = {axis: dim for axis, dim in chosen.items() if dim is not None}
+    return splits
+
+
+def operand_placements(dims: Sequence[str], aliases: Mapping[str, str], split: Split) -> dict[str, Placement]:
+    """Placement of an operand under an operator's split; `dims` by the operator's names, the answer by the block's."""
+    return {axis: Shard(aliases[dim]) for axis, dim in split.items() if dim in dims}
+
+
+def lay_out_operator(block: Block, operator: Operator, split: Split) -> OperatorLayout:
+    """The placements of an operator's operands and results under a split."""
+    aliases = block.dim_aliases(operator)
+    inputs = tuple(operand_placements(dims, aliases, split) for dims in operator.input_dims)
+    outputs = []
+    for dims in operator.output_dims:
+        placements = operand_placements(dims, aliases, split)
+        placements |= {axis: PARTIAL for axis, dim in split.items() if dim not in dims}
+        outputs.append(placements)
+    return OperatorLayout(operator, split, inputs, tuple(outputs))
+
+
+def redistribution(source: Placements, target: Placements) -> tuple[Step, ...]:
+    """The collectives that bring a tensor from one placement to another, those that shrink it first.
+
+    Axes that make the same move make it together, as one collective over their product: the gradient's reduction over
+    replicas, shards and context is one all-reduce.
+
+    >>> [step.collective.value for step in redistribution({"tp": PARTIAL}, {"tp": Shard("seq")})]
+    ['reduce_scatter']
+    """
+    moves: dict[tuple[Collective, str | None, str | None], list[str]] = {}
+    for axis in dict.fromkeys((*source, *target)):
+        before, after = source.get(axis, REPLICATE), target.get(axis, REPLICATE)
+        if before != after:
+            moves.setdefault(_move(axis, before, after), []).append(axis)
+    steps = []
+    current = dict(source)
+    for key in sorted(moves, key=lambda key: _ORDER.index(key[0])):
+        collective, from_dim, to_dim = key
+        axes = tuple(sorted(moves[key]))
+        before_step = dict(current)
+        for axis in axes:
+            current[axis] = Shard(to_dim) if to_dim is not None else REPLICATE
+        larger = current if collective is Collective.ALL_GATHER else before_step
+        steps.append(Step(collective, axes, from_dim, to_dim, dict(larger)))
+    return tuple(steps)
+
+
+_ORDER = (
+    Collective.SLICE,
+    Collective.REDUCE_SCATTER,
+    Collective.ALL_TO_ALL,
+    Collective.ALL_REDUCE,
+    Collective.ALL_GATHER,
+)
+
+
+def _move(axis: str, before: Placement, after: Placement) -> tuple[Collective, str | None, str | None]:
+    match before, after:
+        case Replicate(), Shard(dim):
+            return Collective.SLICE, None, dim
+        case Partial(), Replicate():
+            return Collective.ALL_REDUCE, None, None
+        case Partial(), Shard(dim):
+            return Collective.REDUCE_SCATTER, None, dim
+        case Shard(dim), Replicate():
+            return Collective.ALL_GATHER, dim, None
+        case Shard(from_dim), Shard(to_dim):
+            return Collective.ALL_TO_ALL, from_dim, to_dim
+    raise AssertionError(f"no operator asks for {after} of a {before} tensor (axis {axis})")
+
+
+def gradient_placements(value: Placements, split: Split) -> dict[str, Placement]:
+    """Placement of the gradient that an operator returns for an operand that it takes under `value`."""
+    gradient = dict(value)
+    for axis in split:
+        if value.get(axis, REPLICATE) == REPLICATE:
+            gradient[axis] = PARTIAL
+    return gradient
+
+
+def wanted_gradient(made: Placements) -> dict[str, Placement]:
+    """Placement in which a producer needs the gradient of its result: a shard for a shard, else the whole."""
+    return {axis: placement for axis, placement in made.items() if isinstance(placement, Shard)}
+
+
+def lay_out(block: Block, splits: Mapping[str, Split]) -> BlockLayout:
+    """Derive all that follows from the splits of a block's operators and boundary tensors."""
+    layouts = tuple(lay_out_operator(block, operator, splits[operator.name]) for operator in block.operators)
+    made: dict[str, Placements] = {name: _boundary(block, name, splits) for name in block.inputs}
+    for layout in layouts:
+        made |= dict(zip(layout.operator.outputs, layout.outputs, strict=True))
+        for name, placements in zip(layout.operator.inputs, layout.inputs, strict=True):
+            if block.tensor[name].role is not Role.ACTIVATION:
+                made.setdefault(name, placements)
+    uses = _uses(block, layouts, splits)
+    transfers = [*_forward(made, uses), *_backward(block, made, uses)]
+    kept = _kept(made, uses, layouts)
+    transfers += _regather(kept, uses, layouts)
+    made |= {f"{name}@out": _boundary(block, name, splits) for name in block.outputs}
+    return BlockLayout(block, layouts, tuple(transfers), made, kept, _partial_gradients(block, layouts))
+
+
+def _boundary(block: Block, name: str, splits: Mapping[str, Split]) -> dict[str, Placement]:
+    return {axis: Shard(dim) for axis, dim in splits[name].items()}
+
+
+@dataclass(frozen=True)
+class _Use:
+    """An operator (or the block's exit) takes a tensor under a placement; its gradient comes back under another."""
+
+    tensor: str
+    operator: str
+    value: Placements
+    gradient: Placements
+
+
+def _uses(block: Block, layouts: Iterable[OperatorLayout], splits: Mapping[str, Split]) -> list[_Use]:
+    uses = [
+        _Use(name, layout.operator.name, placements, gradient_placements(placements, layout.split))
+        for layout in layouts
+        for name, placements in zip(layout.operator.inputs, layout.inputs, strict=True)
+        if block.tensor[name].role is Role.ACTIVATION
+    ]
+    for name in block.outputs:
+        placements = _boundary(block, name, splits)
+        uses.append(_Use(name, "exit", placements, placements))
+    return uses
+
+
+def _forward(made: Mapping[str, Placements], uses: Iterable[_Use]) -> Iterator[Transfer]:
+    # A redistribution with several users is made once: q, k and v share the gather of their input.
+    done = set()
+    for use in uses:
+        key = (use.tensor, frozenset(use.value.items()))
+        if key not in done:
+            done.add(key)
+            for step in redistribution(made[use.tensor], use.value):
+                yield Transfer(use.tensor, Phase.FORWARD, use.operator, step)
+
+
+def _backward(block: Block, made: Mapping[str, Placements], uses: Iterable[_Use]) -> Iterator[Transfer]:
+    # Gradients that come back under one placement are added where they are, then moved once.
+    done = set()
+    for use in uses:
+        key = (use.tensor, frozenset(use.value.items()), frozenset(use.gradient.items()))
+        if key not in done and block.tensor[use.tensor].differentiable:
+            done.add(key)
+            for step in redistribution(use.gradient, wanted_gradient(made[use.tensor])):
+                yield Transfer(use.tensor, Phase.BACKWARD, use.operator, step)
+
+
+def _kept(
+    made: Mapping[str, Placements], uses: Iterable[_Use], layouts: Iterable[OperatorLayout]
+) -> dict[str, Placements]:
+    """Saved tensors and how they lie: as made, but summed where they were made as summands, moved where they moved."""
+    saved = {name for layout in layouts for name in layout.operator.saves}
+    kept: dict[str, Placements] = {}
+    for name in sorted(saved):
+        taken = next((use.value for use in uses if use.tensor == name), None)
+        placements = dict(made[name])
+        for axis, placement in made[name].items():
+            target = (taken or {}).get(axis, REPLICATE)
+            if placement == PARTIAL or (isinstance(placement, Shard) and isinstance(target, Shard)):
+                placements[axis] = target
+        kept[name] = placements
+    return kept
+
+
+def _regather(
+    kept: Mapping[str, Placements], uses: Iterable[_Use], layouts: Iterable[OperatorLayout]
+) -> Iterator[Transfer]:
+    """What is kept in shards and read whole in the backward is gathered once more there (2205.05198, section 4.2.2)."""
+    readers = {layout.operator.name: set(layout.operator.saves) for layout in layouts}
+    done = set()
+    for use in uses:
+        key = (use.tensor, frozenset(use.value.items()))
+        if use.tensor in readers.get(use.operator, ()) and key not in done:
+            done.add(key)
+            for step in redistribution(kept[use.tensor], use.value):
+                if step.collective is not Collective.SLICE:
+                    yield Transfer(use.tensor, Phase.REGATHER, use.operator, step)
+
+
+def _partial_gradients(block: Block, layouts: Iterable[OperatorLayout]) -> dict[str, tuple[str, ...]]:
+    axes: dict[str, dict[str, None]] = {tensor.name: {} for tensor in block.parameters}
+    for layout in layouts:
+        for name, placements in zip(layout.operator.inputs, layout.inputs, strict=True):
+            if name in axes:
+                gradient = gradient_placements(placements, layout.split)
+                axes[name] |= {axis: None for axis, placement in gradient.items() if placement == PARTIAL}
+    return {name: tuple(found) for name, found in axes.items()}
+
+
+# --- sizes: numbers or columns of numbers ---------------------------------------------------------------------------
+
+
+def local_numel(
+    dims: Sequence[str], placements: Placements, sizes: Mapping[str, Any], degrees: Mapping[str, Any]
+) -> Any:
+    """Elements on the fullest rank of a tensor: each dim divided, rounded up, by the axes that shard it.
+
+    `sizes` gives each dim's size, `degrees` each axis's; both numbers or arrays that broadcast.
+
+    >>> local_numel(("vocab", "hidden"), {"tp": Shard("vocab")}, {"vocab": 50257, "hidden": 768}, {"tp": 4})
+    9649920
+    """
+    numel = math.prod(local_size(dim, placements, sizes, degrees) for dim in dims)
+    flat = shard_degree(FLAT, placements, degrees)
+    return -(-numel // flat)
+
+
+def local_size(dim: str, placements: Placements, sizes: Mapping[str, Any], degrees: Mapping[str, Any]) -> Any:
+    """Size of one dim on the fullest rank."""
+    return -(-sizes[dim] // shard_degree(dim, placements, degrees))
+
+
+def shard_degree(dim: str, placements: Placements, degrees: Mapping[str, Any]) -> Any:
+    """Into how many pieces `dim` is cut."""
+    return math.prod(degrees[axis] for axis, placement in placements.items() if placement == Shard(dim))
+
+
+def group_size(axes: Iterable[str], degrees: Mapping[str, Any]) -> Any:
+    """Ranks in a group over `axes`."""
+    return math.prod(degrees[axis] for axis in axes)
+
+
+def traffic(collective: Collective, num_ranks: Any, size: Any) -> Any:
+    """What each rank sends of a collective over `num_ranks`, in units of `size`, the larger side's local size.
+
+    Bandwidth-optimal algorithms (Thakur et al. 2005): an all-gather, reduce-scatter or all-to-all sends (n-1)/n of
+    it, an all-reduce twice that.
+
+    >>> traffic(Collective.ALL_REDUCE, 8, 1024.0)
+    1792.0
+    """
+    share = (num_ranks - 1) / num_ranks
+    match collective:
+        case Collective.SLICE:
+            return 0.0 * share * size
+        case Collective.ALL_REDUCE:
+            return 2 * share * size
+        case _:
+            return share * size
+
+
+# --- training state ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StatePlacement:
+    """How a parameter's training state lies over the axes of the data: the ZeRO levels are four of these.
+
+    `axes` are the mesh axes over which state is sharded. Each flag says whether the parameter at rest, the gradient
+    as it is accumulated, and the optimizer's state are sharded. ZeRO: Rajbhandari et al. 1910.02054, section 5.
+    """
+
+    axes: tuple[str, ...]
+    parameter: bool = False
+    gradient: bool = False
+    optimizer: bool = False
+
+
+def zero_placement(level: int, axes: tuple[str, ...]) -> StatePlacement:
+    """State placement of ZeRO level 0-3 over `axes`."""
+    return StatePlacement(axes, parameter=level >= 3, gradient=level >= 2, optimizer=level >= 1)
+
+
+@dataclass(frozen=True)
+class StateTransfers:
+    """What training state moves: at each use in forward and backward, at each microbatch's end, and once a step."""
+
+    each_use: tuple[Step, ...]
+    each_backward: tuple[Step, ...]
+    step_gradient: tuple[Step, ...]
+    step_parameter: tuple[Step, ...]
+
+
+def state_transfers(stored: Placements, partial: Sequence[str], state: StatePlacement) -> StateTransfers:
+    """The redistributions of one parameter and its gradient that follow from where its state lies.
+
+    `stored` is the parameter's placement in computation, `partial` the axes over which its gradient is a sum. The
+    gradient is accumulated as it comes, or sharded at the end of each microbatch's backward where it rests sharded;
+    the update needs it as the optimizer's state lies; the new parameter goes back to where parameters rest.
+    """
+    shards: dict[str, Placement] = {axis: Shard(FLAT) for axis in state.axes}
+    whole = dict(stored)
+    gradient: Placements = {**whole, **dict.fromkeys(partial, PARTIAL)}
+    resting: Placements = {**gradient, **shards} if state.gradient else gradient
+    update: Placements = {**whole, **shards} if state.optimizer else whole
+    at_rest: Placements = {**whole, **shards} if state.parameter else whole
+    return StateTransfers(
+        each_use=redistribution(at_rest, whole),
+        each_backward=redistribution(gradient, resting),
+        step_gradient=redistribution(resting, update),
+        step_parameter=redistribution(update, at_rest),
+    )
+
+
+def tensor_numel(tensor: Tensor, sizes: Mapping[str, Any]) -> Any:
+    """Elements of the whole tensor."""
+    return math.prod(sizes[dim] for dim in tensor.dims)

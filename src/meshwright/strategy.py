@@ -1,0 +1,569 @@
+"""The strategy: how a model, a batch and their state are split over a mesh of devices and over time.
+
+A `Strategy` says everything: the mesh of named axes, the dim that each axis splits in every operator (all placements
+follow, see `sharding`), the stages, the schedule, the microbatch, where training state lies, what is recomputed. The
+degree shorthand, `tp=8,pp=64,dp=6,mbs=1,vpp=2,schedule=Interleaved1F1B,zero=1,recompute=selective,sp=1`, is sugar:
+`expand` turns it into the full strategy, `shorthand_of` back where it can. `strategy_problems` names every rule that
+a strategy breaks for a given model, cluster size and workload.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from functools import cache
+from typing import Any
+
+from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.graph import Graph
+from meshwright.schedule import SCHEDULES, schedule_problems
+from meshwright.sharding import AxisRule, BlockLayout, StatePlacement, lay_out, operator_splits, zero_placement
+from meshwright.workload import Workload
+
+#: Mesh axes, outermost first: neighbours on the innermost axis are neighbours in the machine.
+AXIS_ORDER = ("pp", "dp_replicate", "dp_shard", "tp", "tp_kv", "tp_group")
+
+#: Dims that need not divide: the vocabulary is padded to the degree, flat runs of state too.
+PADDED_DIMS = frozenset({"vocab", "flat"})
+
+
+class Recompute(StrEnum):
+    """What the backward computes again: nothing, operators in a recompute group (core attention), or whole blocks."""
+
+    NONE = "none"
+    SELECTIVE = "selective"
+    FULL = "full"
+
+
+@dataclass(frozen=True)
+class MeshAxis:
+    """A named axis of the mesh and its number of ranks."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True)
+class BlockRange:
+    """Blocks `start` up to, not including, `stop` of the model's sequence."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One (virtual) pipeline stage: where on the `pp` axis it lives, and its blocks, contiguous or not."""
+
+    pipeline_rank: int
+    blocks: tuple[BlockRange, ...]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The full strategy; see the module's docstring.
+
+    `mesh` is outermost first; the rank of a device is its row-major index. `splits` gives, per block and operator (or
+    boundary tensor), the dim that each axis splits. `stages` are in the order in which a microbatch passes them.
+    `microbatch` is in sequences per data-parallel rank. `recompute` is per block.
+    """
+
+    mesh: tuple[MeshAxis, ...]
+    splits: dict[str, dict[str, dict[str, str]]]
+    stages: tuple[Stage, ...]
+    schedule: str
+    microbatch: int
+    state: StatePlacement
+    recompute: dict[str, Recompute] = field(default_factory=dict)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """Size of every mesh axis, outermost first."""
+        return {axis.name: axis.size for axis in self.mesh}
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of the whole mesh."""
+        sizes = [axis.size for axis in self.mesh]
+        return math.prod(sizes)
+
+    @property
+    def pipeline_size(self) -> int:
+        """Ranks of the `pp` axis."""
+        return self.degrees.get("pp", 1)
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages on each pipeline rank."""
+        return len(self.stages) // self.pipeline_size
+
+    def num_microbatches(self, workload: Workload) -> int:
+        """Microbatches of one step on each data-parallel rank."""
+        return workload.global_batch // (self.microbatch * int(degree_of("dp", self.degrees)))
+
+    def layouts(self, graph: Graph) -> dict[str, BlockLayout]:
+        """The layout of every distinct block."""
+        return {block.name: lay_out(block, self.splits[block.name]) for block in graph.blocks}
+
+
+def root_axis(axis: str) -> str:
+    """The degree that an axis is a part of: `tp_kv` and `tp_group` are `tp`, `dp_shard` is `dp`.
+
+    >>> root_axis("tp_group")
+    'tp'
+    """
+    return axis.split("_")[0]
+
+
+def degree_of(root: str, degrees: Mapping[str, Any]) -> Any:
+    """The product of the axes that make up a degree."""
+    return math.prod(size for axis, size in degrees.items() if root_axis(axis) == root)
+
+
+#: The degrees whose product is the number of devices.
+PRODUCT = ("tp", "pp", "dp")
+
+
+# --- the degree shorthand -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shorthand:
+    """A uniform strategy by its degrees. `dp` is the whole data-parallel degree; `dp_shard` (0: all of it where zero
+    is at least 1) the part over which state is sharded."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    mbs: int = 1
+    vpp: int = 1
+    schedule: str = "1F1B"
+    zero: int = 0
+    recompute: Recompute = Recompute.NONE
+    sp: int = 0
+    dp_shard: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{item.name}={getattr(self, item.name)}" for item in fields(self) if item.name != "dp_shard"]
+        if self.dp_shard:
+            parts.append(f"dp_shard={self.dp_shard}")
+        return ",".join(parts)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the degrees ask for."""
+        degrees: list[int] = [getattr(self, name) for name in PRODUCT]
+        return math.prod(degrees)
+
+    @property
+    def state_degree(self) -> int:
+        """Data-parallel ranks over which state is sharded."""
+        return self.dp_shard or (self.dp if self.zero else 1)
+
+
+def parse_shorthand(text: str) -> Shorthand:
+    """Read `tp=8,pp=4,...`; every fault is named at once.
+
+    >>> str(parse_shorthand("tp=2,pp=2,sp=1"))
+    'tp=2,pp=2,dp=1,ep=1,mbs=1,vpp=1,schedule=1F1B,zero=0,recompute=none,sp=1'
+    """
+    return Shorthand(**parse_shorthand_keys(text))
+
+
+def parse_shorthand_keys(text: str) -> dict[str, Any]:
+    """The keys that a shorthand gives, with their values."""
+    known = [item.name for item in fields(Shorthand)]
+    values: dict[str, str] = {}
+    problems = []
+    for part in text.split(","):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or not key or not value or "=" in value:
+            problems.append(Problem("strategy", repr(part), "each part is key=value", "tp=2,pp=2,dp=1"))
+        elif key not in known:
+            problems.append(Problem(key, value, f"not a key; keys: {', '.join(known)}", nearest_name(key, known)))
+        elif key in values:
+            problems.append(Problem(key, value, f"given twice (before: {values[key]})", f"{key}={values[key]}"))
+        else:
+            values[key] = value
+    parsed = {}
+    for key, value in values.items():
+        try:
+            parsed[key] = _PARSERS.get(key, _positive)(key, value)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError(problems)
+    return parsed
+
+
+def _positive(key: str, value: str) -> int:
+    return _integer(key, value, 1, 10**9)
+
+
+def _integer(key: str, value: str, low: int, high: int) -> int:
+    rule = f"a whole number from {low} to {high}" if high < 10**9 else f"a whole number, at least {low}"
+    if not (value.isascii() and value.isdigit()) or len(value) > 12:
+        raise InputError([Problem(key, value, rule, f"{key}={low}")])
+    if not low <= int(value) <= high:
+        raise InputError([Problem(key, value, rule, f"{key}={min(max(int(value), low), high)}")])
+    return int(value)
+
+
+def _choice(key: str, value: str, known: Iterable[str]) -> str:
+    names = list(known)
+    if value not in names:
+        lowered = {name.lower(): name for name in names}
+        nearest = lowered.get(value.lower()) or nearest_name(value, names)
+        raise InputError([Problem(key, value, f"known: {', '.join(names)}", f"{key}={nearest}" if nearest else None)])
+    return value
+
+
+_PARSERS: dict[str, Callable[[str, str], Any]] = {
+    "zero": lambda key, value: _integer(key, value, 0, 3),
+    "sp": lambda key, value: _integer(key, value, 0, 1),
+    "schedule": lambda key, value: _choice(key, value, SCHEDULES),
+    "recompute": lambda key, value: Recompute(_choice(key, value, [kind.value for kind in Recompute])),
+}
+
+
+# --- the uniform layout: what each axis of a degree grid splits -----------------------------------------------------
+
+DATA_RULES = (AxisRule("dp_replicate", ("batch",)), AxisRule("dp_shard", ("batch",)))
+
+
+def tensor_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
+    """What tensor parallelism splits: heads, the MLP's inner dim, the vocabulary; the sequence elsewhere if asked.
+
+    Megatron (1909.08053) with sequence parallelism of Korthikanti et al. (2205.05198). Where there are more ranks
+    than key/value heads the axis is two: `tp_kv` splits those heads, `tp_group` the query heads that share one, and
+    the keys and values lie replicated over the second.
+    """
+    fallback = ("seq",) if sequence_parallel else ()
+    if not replicate_kv:
+        return (AxisRule("tp", ("kv_heads", "ffn", "vocab"), fallback),)
+    return (
+        AxisRule("tp_kv", ("kv_heads", "ffn", "vocab"), fallback),
+        AxisRule("tp_group", ("group", "ffn", "vocab"), fallback, blocked_by=("kv_heads",)),
+    )
+
+
+def replicates_kv(graph: Graph, tp: int) -> bool:
+    """Whether `tp` ranks hold copies of the key/value heads: where it is a larger multiple of their number."""
+    heads = graph.dims.get("kv_heads", tp)
+    return tp > heads and tp % heads == 0
+
+
+def tensor_axes(graph: Graph, tp: int) -> dict[str, int]:
+    """The mesh axes of tensor parallelism of degree `tp`."""
+    if replicates_kv(graph, tp):
+        heads = graph.dims["kv_heads"]
+        return {"tp_kv": heads, "tp_group": tp // heads}
+    return {"tp": tp}
+
+
+def uniform_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
+    """The rules of every axis of the degree grid."""
+    return (*DATA_RULES, *tensor_rules(replicate_kv=replicate_kv, sequence_parallel=sequence_parallel))
+
+
+def uniform_splits(graph: Graph, rules: Sequence[AxisRule]) -> dict[str, dict[str, dict[str, str]]]:
+    """The splits of all blocks that a set of axis rules gives."""
+    return {block.name: operator_splits(block, rules) for block in graph.blocks}
+
+
+@cache
+def layers_per_stage(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """How layers are spread over stages: evenly; what is left over goes one each to the stages after the first, in
+    order, then to the first; the last, which holds the head, gets none of it.
+
+    >>> layers_per_stage(126, 16)
+    (7, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7)
+    """
+    base, extra = divmod(num_layers, num_stages)
+    counts = [base] * num_stages
+    for stage in [*range(1, num_stages - 1), 0][:extra]:
+        counts[stage] += 1
+    return tuple(counts)
+
+
+def uniform_stages(graph: Graph, pipeline_size: int, virtual_stages: int) -> tuple[Stage, ...]:
+    """Contiguous stages by `layers_per_stage`; the embedding joins the first and the head the last."""
+    num_stages = pipeline_size * virtual_stages
+    counts = list(layers_per_stage(graph.num_layers, num_stages))
+    counts[0] += 1
+    counts[-1] += 1
+    stages, start = [], 0
+    for index, count in enumerate(counts):
+        stages.append(Stage(index % pipeline_size, (BlockRange(start, start + count),)))
+        start += count
+    return tuple(stages)
+
+
+def expand(shorthand: Shorthand, graph: Graph) -> Strategy:
+    """The full strategy that a shorthand stands for. Axes of size 1 are left out of the mesh."""
+    state = shorthand.state_degree
+    axes = {
+        "pp": shorthand.pp,
+        "dp_replicate": shorthand.dp // state,
+        "dp_shard": state,
+        **tensor_axes(graph, shorthand.tp),
+    }
+    mesh = tuple(MeshAxis(name, axes[name]) for name in AXIS_ORDER if axes.get(name, 1) > 1)
+    names = {axis.name for axis in mesh}
+    rules = uniform_rules(
+        replicate_kv=replicates_kv(graph, shorthand.tp), sequence_parallel=bool(shorthand.sp and shorthand.tp > 1)
+    )
+    return Strategy(
+        mesh=mesh,
+        splits=uniform_splits(graph, [rule for rule in rules if rule.axis in names]),
+        stages=uniform_stages(graph, shorthand.pp, shorthand.vpp),
+        schedule=shorthand.schedule,
+        microbatch=shorthand.mbs,
+        state=zero_placement(shorthand.zero, state_axes(names)),
+        recompute=recompute_blocks(graph, shorthand.recompute),
+    )
+
+
+def state_axes(names: Iterable[str]) -> tuple[str, ...]:
+    """The axes, of those named, over which training state is sharded."""
+    return tuple(name for name in AXIS_ORDER if name in STATE_AXES and name in names)
+
+
+#: Axes over which training state may be sharded.
+STATE_AXES = frozenset({"dp_shard"})
+
+
+def recompute_blocks(graph: Graph, recompute: Recompute) -> dict[str, Recompute]:
+    """One choice for every layer; the ends of the model hold none to recompute."""
+    ends = (graph.sequence[0], graph.sequence[-1])
+    return {block.name: Recompute.NONE if block.name in ends else recompute for block in graph.blocks}
+
+
+def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
+    """The shorthand that expands to `strategy`, or None where none does."""
+    degrees = strategy.degrees
+    dp, shard = degree_of("dp", degrees), degrees.get("dp_shard", 1)
+    zero = sum((strategy.state.optimizer, strategy.state.gradient, strategy.state.parameter))
+    candidate = Shorthand(
+        tp=degree_of("tp", degrees),
+        pp=strategy.pipeline_size,
+        dp=dp,
+        mbs=strategy.microbatch,
+        vpp=strategy.virtual_stages,
+        schedule=strategy.schedule,
+        zero=zero,
+        recompute=max(strategy.recompute.values(), key=list(Recompute).index, default=Recompute.NONE),
+        dp_shard=shard if zero and shard != dp else 0,
+    )
+    for sp in (0, 1):
+        attempt = replace(candidate, sp=sp)
+        if expand(attempt, graph) == strategy:
+            return attempt
+    return None
+
+
+# --- legality -------------------------------------------------------------------------------------------------------
+
+
+def legal_strategy(shorthand: Shorthand, graph: Graph, num_devices: int, workload: Workload) -> Strategy:
+    """The strategy that a shorthand stands for; raises `InputError` with every rule that it breaks."""
+    problems = _degree_problems(shorthand, graph, num_devices)
+    faulty = {problem.where for problem in problems}
+    # What cannot be expanded is set aside, so that the rest can still be judged.
+    if "pp*vpp" in faulty:
+        shorthand = replace(shorthand, pp=1, vpp=1, schedule="1F1B")
+    if "dp_shard" in faulty:
+        shorthand = replace(shorthand, dp_shard=0)
+    strategy = expand(shorthand, graph)
+    # The number of devices was said of the degrees, in the user's words.
+    problems += [
+        problem for problem in strategy_problems(strategy, graph, num_devices, workload) if problem.where != "mesh"
+    ]
+    if problems:
+        raise InputError(dict.fromkeys(problems))
+    return strategy
+
+
+def _degree_problems(shorthand: Shorthand, graph: Graph, num_devices: int) -> list[Problem]:
+    """Rules that concern the degrees themselves, before they are expanded."""
+    problems = []
+    if shorthand.num_devices != num_devices:
+        names = [name for name in PRODUCT if getattr(shorthand, name) > 1] or ["tp"]
+        product = f"{'*'.join(names)} = {shorthand.num_devices}"
+        rest = shorthand.num_devices // shorthand.dp
+        nearest = f"dp={num_devices // rest}" if num_devices % rest == 0 else None
+        problems.append(Problem("strategy", product, f"must be the cluster's {num_devices} devices", nearest))
+    if shorthand.ep != 1:
+        problems.append(Problem("ep", str(shorthand.ep), "experts are planned with ep=1 for now", "ep=1"))
+    if shorthand.dp_shard and not shorthand.zero:
+        problems.append(Problem("dp_shard", str(shorthand.dp_shard), "shards nothing with zero=0", "zero=1"))
+    elif shorthand.dp_shard and shorthand.dp % shorthand.dp_shard:
+        nearest = f"dp_shard={nearest_divisor(shorthand.dp, shorthand.dp_shard)}"
+        problems.append(Problem("dp_shard", str(shorthand.dp_shard), f"must divide dp={shorthand.dp}", nearest))
+    problems += _stage_number_problems(shorthand.pp * shorthand.vpp, graph)
+    return problems
+
+
+def _stage_number_problems(num_stages: int, graph: Graph) -> list[Problem]:
+    total = len(graph.sequence)
+    if num_stages <= total:
+        return []
+    rule = f"at most {total} stages: {total - 2} layers, and embedding and head may be stages of their own"
+    return [Problem("pp*vpp", str(num_stages), rule, str(total))]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` nearest to `wanted`.
+
+    >>> nearest_divisor(64, 3)
+    2
+    """
+    return min(divisors(number), key=lambda divisor: (abs(divisor - wanted), divisor))
+
+
+@cache
+def divisors(number: int) -> tuple[int, ...]:
+    """All divisors, ascending.
+
+    >>> divisors(12)
+    (1, 2, 3, 4, 6, 12)
+    """
+    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    return tuple(sorted({*small, *(number // candidate for candidate in small)}))
+
+
+def strategy_problems(strategy: Strategy, graph: Graph, num_devices: int, workload: Workload) -> list[Problem]:
+    """Every rule that a strategy breaks, memory excepted (that is an estimate's to say)."""
+    problems = []
+    if strategy.num_devices != num_devices:
+        product = " x ".join(f"{axis.name}={axis.size}" for axis in strategy.mesh) or "one device"
+        problems.append(Problem("mesh", product, f"must be the cluster's {num_devices} devices"))
+    problems += batch_problems(strategy.microbatch, degree_of("dp", strategy.degrees), workload)
+    problems += stage_problems(strategy, graph)
+    sizes = graph.sizes(strategy.microbatch * degree_of("dp", strategy.degrees), workload.seq_len)
+    problems += split_problems(graph, strategy.splits, sizes, strategy.degrees)
+    problems += position_problems(graph, workload)
+    if not problems:
+        problems += schedule_problems(
+            strategy.schedule,
+            strategy.pipeline_size,
+            strategy.virtual_stages,
+            strategy.num_microbatches(workload),
+        )
+    return problems
+
+
+def batch_problems(mbs: int, dp: int, workload: Workload) -> list[Problem]:
+    """The global batch must fall into whole microbatches on every data-parallel rank."""
+    batch = workload.global_batch
+    if batch % dp:
+        return [Problem("dp", str(dp), f"must divide the global batch of {batch}", f"dp={nearest_divisor(batch, dp)}")]
+    if (batch // dp) % mbs:
+        nearest = nearest_divisor(batch // dp, mbs)
+        return [Problem("mbs", str(mbs), f"must divide the {batch // dp} sequences of a rank", f"mbs={nearest}")]
+    return []
+
+
+def position_problems(graph: Graph, workload: Workload) -> list[Problem]:
+    """A table of learned positions ends somewhere."""
+    positions = graph.dims.get("positions")
+    if positions is not None and workload.seq_len > positions:
+        return [Problem("seq_len", str(workload.seq_len), f"{graph.name} has {positions} positions", f"{positions}")]
+    return []
+
+
+def stage_problems(strategy: Strategy, graph: Graph) -> list[Problem]:
+    """Every block on exactly one stage, every stage on a pipeline rank, the same number of stages on each."""
+    size, total = strategy.pipeline_size, len(graph.sequence)
+    if len(strategy.stages) > total:
+        return _stage_number_problems(len(strategy.stages), graph)
+    problems = []
+    held = [0] * total
+    for index, stage in enumerate(strategy.stages):
+        if not 0 <= stage.pipeline_rank < size:
+            problems.append(Problem(f"stages[{index}].pipeline_rank", str(stage.pipeline_rank), f"0 to {size - 1}"))
+        for part in stage.blocks:
+            if not 0 <= part.start < part.stop <= total:
+                where = f"stages[{index}].blocks"
+                problems.append(Problem(where, f"{part.start}-{part.stop}", f"a range within 0 to {total}"))
+            else:
+                held[part.start : part.stop] = [count + 1 for count in held[part.start : part.stop]]
+    per_rank = [sum(stage.pipeline_rank == rank for stage in strategy.stages) for rank in range(size)]
+    if len(set(per_rank)) > 1:
+        problems.append(Problem("stages", str(per_rank), "every pipeline rank has the same number of stages"))
+    wrong = [index for index, count in enumerate(held) if count != 1]
+    if wrong:
+        problems.append(Problem("stages", f"blocks {wrong[:8]}", "every block is on exactly one stage"))
+    return problems
+
+
+def split_problems(
+    graph: Graph,
+    splits: Mapping[str, Mapping[str, Mapping[str, str]]],
+    sizes: Mapping[str, int],
+    degrees: Mapping[str, int],
+) -> list[Problem]:
+    """Splits that name what is not there, or that do not divide what they split."""
+    problems: dict[Problem, None] = {}
+    for block in graph.blocks:
+        given = splits.get(block.name, {})
+        names = {operator.name for operator in block.operators} | set(block.inputs) | set(block.outputs)
+        for name in sorted(names ^ set(given)):
+            rule = "no such operator in the block" if name in given else "its split is missing"
+            problems[Problem(f"splits.{block.name}", name, rule, nearest_name(name, names))] = None
+        for operator in block.operators:
+            found = _operator_split_problems(
+                f"splits.{block.name}.{operator.name}",
+                operator.dims,
+                operator.unsplit,
+                given.get(operator.name, {}),
+                block.dim_aliases(operator),
+                sizes,
+                degrees,
+            )
+            problems |= dict.fromkeys(found)
+    return list(problems)
+
+
+def _operator_split_problems(
+    where: str,
+    dims: Sequence[str],
+    unsplit: Sequence[str],
+    split: Mapping[str, str],
+    aliases: Mapping[str, str],
+    sizes: Mapping[str, int],
+    degrees: Mapping[str, int],
+) -> Iterator[Problem]:
+    for axis, dim in split.items():
+        if axis not in degrees:
+            yield Problem(where, axis, f"no such mesh axis; axes: {', '.join(degrees)}", nearest_name(axis, degrees))
+        elif dim not in dims or dim in unsplit:
+            allowed = [name for name in dims if name not in unsplit]
+            yield Problem(where, f"{axis}: {dim}", f"dims that may be split: {', '.join(allowed)}")
+    for dim in dict.fromkeys(split.values()):
+        axes = [axis for axis, split_dim in split.items() if split_dim == dim and axis in degrees]
+        degree = math.prod(degrees[axis] for axis in axes)
+        if dim not in PADDED_DIMS and sizes[aliases.get(dim, dim)] % degree:
+            yield _division_problem(dim, axes, sizes[aliases.get(dim, dim)], sizes, degrees)
+
+
+def _division_problem(
+    dim: str, axes: Sequence[str], size: int, sizes: Mapping[str, int], degrees: Mapping[str, int]
+) -> Problem:
+    roots = list(dict.fromkeys(root_axis(axis) for axis in axes))
+    degree = math.prod(degree_of(root, degrees) for root in roots)
+    root = "*".join(roots)
+    if dim in ("kv_heads", "group"):
+        heads, kv_heads = sizes["kv_heads"] * sizes["group"], sizes["kv_heads"]
+        legal = [number for number in divisors(heads) if kv_heads % number == 0 or number % kv_heads == 0]
+        nearest = min(legal, key=lambda number: (abs(number - degree), number))
+        rule = f"must divide the {heads} heads, and divide or be a multiple of the {kv_heads} key/value heads"
+        return Problem(root, str(degree), rule, f"{root}={nearest}")
+    rule = f"must divide {_DIM_WORDS.get(dim, dim)} = {size}"
+    return Problem(root, str(degree), rule, f"{root}={nearest_divisor(size, degree)}")
+
+
+_DIM_WORDS = {"ffn": "the MLP's inner size", "seq": "the sequence", "hidden": "the hidden size"}
