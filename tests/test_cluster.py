@@ -166,7 +166,7 @@ def test_every_number_names_a_tagged_source() -> None:
         found = sources(json.loads(path.read_text()))
         assert len(found) >= 5, path.name
         for source in found:
-            assert source.startswith(("[spec] ", "[measured] ", "[derived] ")), (path.name, source)
+            assert source.startswith(("[spec] ", "[measured] ", "[derived] ", "[fit: ")), (path.name, source)
             assert len(source) > 15, (path.name, source)
 
 
