@@ -23,7 +23,7 @@ from meshwright.sharding import AxisRule, BlockLayout, StatePlacement, lay_out, 
 from meshwright.workload import Workload
 
 #: Mesh axes, outermost first: neighbours on the innermost axis are neighbours in the machine.
-AXIS_ORDER = ("pp", "dp_replicate", "dp_shard", "tp", "tp_kv", "tp_group")
+AXIS_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "tp_kv", "tp_group")
 
 #: Dims that need not divide: the vocabulary is padded to the degree, flat runs of state too.
 PADDED_DIMS = frozenset({"vocab", "flat"})
@@ -123,7 +123,7 @@ def degree_of(root: str, degrees: Mapping[str, Any]) -> Any:
 
 
 #: The degrees whose product is the number of devices.
-PRODUCT = ("tp", "pp", "dp")
+PRODUCT = ("tp", "pp", "dp", "cp")
 
 
 # --- the degree shorthand -------------------------------------------------------------------------------------------
@@ -137,6 +137,7 @@ class Shorthand:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     ep: int = 1
     mbs: int = 1
     vpp: int = 1
@@ -168,7 +169,7 @@ def parse_shorthand(text: str) -> Shorthand:
     """Read `tp=8,pp=4,...`; every fault is named at once.
 
     >>> str(parse_shorthand("tp=2,pp=2,sp=1"))
-    'tp=2,pp=2,dp=1,ep=1,mbs=1,vpp=1,schedule=1F1B,zero=0,recompute=none,sp=1'
+    'tp=2,pp=2,dp=1,cp=1,ep=1,mbs=1,vpp=1,schedule=1F1B,zero=0,recompute=none,sp=1'
     """
     return Shorthand(**parse_shorthand_keys(text))
 
@@ -233,6 +234,10 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
 
 DATA_RULES = (AxisRule("dp_replicate", ("batch",)), AxisRule("dp_shard", ("batch",)))
 
+#: Context parallelism splits the sequence of every operator. Attention's keys and values run over another dim, which
+#: may not be split, so they are gathered there (Llama 3, 2407.21783, section 3.3.2); a ring sends the same bytes.
+CONTEXT_RULES = (AxisRule("cp", ("seq",)),)
+
 
 def tensor_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
     """What tensor parallelism splits: heads, the MLP's inner dim, the vocabulary; the sequence elsewhere if asked.
@@ -266,7 +271,7 @@ def tensor_axes(graph: Graph, tp: int) -> dict[str, int]:
 
 def uniform_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
     """The rules of every axis of the degree grid."""
-    return (*DATA_RULES, *tensor_rules(replicate_kv=replicate_kv, sequence_parallel=sequence_parallel))
+    return (*DATA_RULES, *CONTEXT_RULES, *tensor_rules(replicate_kv=replicate_kv, sequence_parallel=sequence_parallel))
 
 
 def uniform_splits(graph: Graph, rules: Sequence[AxisRule]) -> dict[str, dict[str, dict[str, str]]]:
@@ -309,6 +314,7 @@ def expand(shorthand: Shorthand, graph: Graph) -> Strategy:
         "pp": shorthand.pp,
         "dp_replicate": shorthand.dp // state,
         "dp_shard": state,
+        "cp": shorthand.cp,
         **tensor_axes(graph, shorthand.tp),
     }
     mesh = tuple(MeshAxis(name, axes[name]) for name in AXIS_ORDER if axes.get(name, 1) > 1)
@@ -333,7 +339,7 @@ def state_axes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 #: Axes over which training state may be sharded.
-STATE_AXES = frozenset({"dp_shard"})
+STATE_AXES = frozenset({"dp_shard", "cp"})
 
 
 def recompute_blocks(graph: Graph, recompute: Recompute) -> dict[str, Recompute]:
@@ -351,6 +357,7 @@ def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
         tp=degree_of("tp", degrees),
         pp=strategy.pipeline_size,
         dp=dp,
+        cp=degree_of("cp", degrees),
         mbs=strategy.microbatch,
         vpp=strategy.virtual_stages,
         schedule=strategy.schedule,

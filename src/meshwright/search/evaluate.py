@@ -77,7 +77,9 @@ def evaluate_space(
         tables, table_index = _tables(space.graph, part)
         for zero in range(4):
             state = zero_placement(zero, tuple(axis for axis in priced.degrees if axis in STATE_AXES))
-            rows = np.flatnonzero([zero in space.state_levels(dp) for dp in part.layouts["dp"]])
+            rows = np.flatnonzero(
+                [zero in space.state_levels(ranks) for ranks in part.layouts["dp"] * part.layouts["cp"]]
+            )
             chosen = np.isin(part.layout_index, rows)
             if not chosen.any():
                 continue
@@ -113,6 +115,7 @@ def _price(graph: Graph, part: Part, machine: Any, space: UniformSpace) -> Price
         "pp": layouts["pp"],
         "dp_replicate": np.ones_like(layouts["dp"]),
         "dp_shard": layouts["dp"],
+        "cp": layouts["cp"],
         **(tensor if part.pattern.replicate_kv else {"tp": layouts["tp"]}),
     }
     assert set(tensor_axes(graph, int(layouts["tp"][0]))) <= set(degrees)

@@ -3,7 +3,7 @@
 The uniform space holds every strategy that the degree shorthand can write for a model, a cluster and a workload (state
 sharded over all data-parallel ranks): all divisors, not powers of two alone, at exactly the global batch asked for,
 layers that do not divide included. Illegal strategies are never built. Spellings of one and the same strategy appear
-once: `sp` only where tp > 1, ZeRO only where dp > 1, schedules only where there is a pipeline to schedule.
+once: `sp` only where tp > 1, ZeRO only where dp*cp > 1, schedules only where there is a pipeline to schedule.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTES = tuple(Recompute)
 
 #: The keys of a member, in canonical order; schedules and recomputation by their index in the tuples above.
-KEYS = ("tp", "pp", "dp", "mbs", "vpp", "schedule", "zero", "recompute", "sp")
+KEYS = ("tp", "pp", "dp", "cp", "mbs", "vpp", "schedule", "zero", "recompute", "sp")
+
+#: The keys that make a layout.
+LAYOUT_KEYS = ("tp", "pp", "dp", "cp", "mbs")
 
 Columns = dict[str, np.ndarray[Any, Any]]
 
@@ -87,7 +90,7 @@ def _coded(values: Mapping[str, Any]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Part:
-    """Members of a space with one pattern: columns of layouts (tp, pp, dp, mbs), and of members that point to them."""
+    """Members of a space with one pattern: columns of layouts (`LAYOUT_KEYS`), and of members that point to them."""
 
     pattern: Pattern
     layouts: Columns
@@ -112,47 +115,52 @@ class UniformSpace:
             if not self.limits.allows("sp", int(sequence_parallel)):
                 continue
             pattern = Pattern(replicate_kv, sequence_parallel)
-            degrees = [(tp, pp, dp) for tp in self._tensor_degrees(pattern) for pp, dp in self._rest(tp)]
+            degrees = [(tp, pp, dp, cp) for tp, cp in self._split_degrees(pattern) for pp, dp in self._rest(tp * cp)]
             part = self._part(pattern, degrees)
             if len(part.vpp):
                 yield part
 
-    def state_levels(self, dp: int) -> list[int]:
-        """ZeRO levels that make a difference with `dp` data-parallel ranks."""
-        return self.limits.choices("zero", range(4) if dp > 1 else [0])
+    def state_levels(self, ranks: int) -> list[int]:
+        """ZeRO levels that make a difference where state can be sharded over `ranks`."""
+        return self.limits.choices("zero", range(4) if ranks > 1 else [0])
 
     def recomputes(self) -> list[Recompute]:
         """The kinds of recomputation within the limits."""
         return [kind for code, kind in enumerate(RECOMPUTES) if self.limits.allows("recompute", code)]
 
-    def _tensor_degrees(self, pattern: Pattern) -> list[int]:
-        candidates = self.limits.choices("tp", divisors(self.num_devices))
-        if pattern.sequence_parallel:
-            candidates = [tp for tp in candidates if tp > 1]
-        candidates = [tp for tp in candidates if replicates_kv(self.graph, tp) is pattern.replicate_kv]
-        splits = uniform_splits(self.graph, [rule for rule in pattern.rules() if rule.axis.startswith("tp")])
+    def _split_degrees(self, pattern: Pattern) -> Iterator[tuple[int, int]]:
+        """Degrees of tensor and context parallelism that divide what they split."""
+        rules = [rule for rule in pattern.rules() if rule.axis.startswith(("tp", "cp"))]
+        splits = uniform_splits(self.graph, rules)
         sizes = self.graph.sizes(1, self.workload.seq_len)
-        return [tp for tp in candidates if not split_problems(self.graph, splits, sizes, tensor_axes(self.graph, tp))]
+        for tp in self.limits.choices("tp", divisors(self.num_devices)):
+            if replicates_kv(self.graph, tp) is not pattern.replicate_kv or (pattern.sequence_parallel and tp == 1):
+                continue
+            for cp in self.limits.choices("cp", divisors(self.num_devices // tp)):
+                degrees = {**tensor_axes(self.graph, tp), "cp": cp}
+                if not split_problems(self.graph, splits, sizes, degrees):
+                    yield tp, cp
 
-    def _rest(self, tp: int) -> Iterator[tuple[int, int]]:
-        for dp in self.limits.choices("dp", divisors(self.num_devices // tp)):
-            pp = self.num_devices // tp // dp
+    def _rest(self, inner: int) -> Iterator[tuple[int, int]]:
+        """Pipeline and data-parallel degrees of what is left beside `inner` ranks."""
+        for dp in self.limits.choices("dp", divisors(self.num_devices // inner)):
+            pp = self.num_devices // inner // dp
             if self.workload.global_batch % dp == 0 and pp <= len(self.graph.sequence) and self.limits.allows("pp", pp):
                 yield pp, dp
 
-    def _part(self, pattern: Pattern, degrees: Sequence[tuple[int, int, int]]) -> Part:
-        layouts: list[tuple[int, int, int, int]] = []
+    def _part(self, pattern: Pattern, degrees: Sequence[tuple[int, int, int, int]]) -> Part:
+        layouts: list[tuple[int, ...]] = []
         members: list[tuple[int, int, int]] = []
-        for tp, pp, dp in degrees:
+        for tp, pp, dp, cp in degrees:
             for mbs in self.limits.choices("mbs", divisors(self.workload.global_batch // dp)):
                 num_microbatches = self.workload.global_batch // dp // mbs
                 found = [(len(layouts), vpp, code) for vpp, code in self._pipelines(pp, num_microbatches)]
                 if found:
-                    layouts.append((tp, pp, dp, mbs))
+                    layouts.append((tp, pp, dp, cp, mbs))
                     members += found
-        columns = np.array(layouts, dtype=np.int64).reshape(-1, 4).T
+        columns = np.array(layouts, dtype=np.int64).reshape(-1, len(LAYOUT_KEYS)).T
         index, vpp_column, schedule = np.array(members, dtype=np.int64).reshape(-1, 3).T
-        return Part(pattern, dict(zip(("tp", "pp", "dp", "mbs"), columns, strict=True)), index, vpp_column, schedule)
+        return Part(pattern, dict(zip(LAYOUT_KEYS, columns, strict=True)), index, vpp_column, schedule)
 
     def _pipelines(self, pp: int, num_microbatches: int) -> Iterator[tuple[int, int]]:
         """Virtual stages and schedules that make a difference on `pp` ranks."""
