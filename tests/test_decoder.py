@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from meshwright.graph import Block, Graph, Role, Segment, graph_problems
+from meshwright.graph import WORKLOAD_DIMS, Block, Graph, Role, Segment, graph_problems
 from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary, decoder_graph
 
 BYTES = {"compute": 2, "float32": 4, "int64": 8, "bool": 1}
@@ -93,7 +93,7 @@ def test_graph_is_sound(name: str) -> None:
     assert graph.sequence[0] == "embedding"
     assert graph.sequence[-1] == "head"
     assert graph.num_layers == 3
-    used = {dim for block in graph.blocks for tensor in block.tensors for dim in tensor.dims} - {"batch", "seq"}
+    used = {dim for block in graph.blocks for tensor in block.tensors for dim in tensor.dims} - set(WORKLOAD_DIMS)
     assert set(graph.dims) == used
 
 

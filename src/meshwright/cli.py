@@ -7,10 +7,12 @@ failed), 2 wrong input, 130 interrupted. Everything heavy is imported by the com
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,10 +22,12 @@ if TYPE_CHECKING:
 
     from meshwright.cluster import Cluster
     from meshwright.engine import Engine
+    from meshwright.errors import Problem
     from meshwright.graph import Graph
     from meshwright.io.inputs import NamedStrategy
     from meshwright.results import Estimate, Measurement
     from meshwright.search.method import Answer
+    from meshwright.search.space import Limits
     from meshwright.workload import Workload
 
 app = typer.Typer(
@@ -41,11 +45,21 @@ ClusterName = Annotated[str, typer.Argument(metavar="CLUSTER", help="Preset NAME
 StrategyText = Annotated[
     str, typer.Argument(metavar="STRATEGY", help="Shorthand such as tp=8,pp=2,dp=4,zero=1, or a file.")
 ]
-GlobalBatch = Annotated[int, typer.Option("--global-batch", metavar="N", help="Sequences per step.")]
-SeqLen = Annotated[int, typer.Option("--seq-len", metavar="S", help="Tokens per sequence.")]
+
+
+def _whole_number(text: str | int) -> int:
+    if not (re.fullmatch(r"\s*[+-]?[0-9]{1,30}\s*", str(text))):
+        raise typer.BadParameter(f"{str(text)[:60]!r} is no whole number.")
+    return int(text)
+
+
+GlobalBatch = Annotated[
+    int, typer.Option("--global-batch", metavar="N", parser=_whole_number, help="Sequences per step.")
+]
+SeqLen = Annotated[int, typer.Option("--seq-len", metavar="S", parser=_whole_number, help="Tokens per sequence.")]
 EngineName = Annotated[
     str | None,
-    typer.Option("--engine", help="Software that runs it. [default: megatron-core; meshwright on local-cpu]"),
+    typer.Option("--engine", help="Software that runs it.", show_default="megatron-core; meshwright on local-cpu"),
 ]
 Precision = Annotated[str, typer.Option("--precision", help="bfloat16, float16, float32 or float64.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -61,28 +75,43 @@ class _Inputs:
     model_text: str
 
 
-def _read_inputs(
-    model: str, cluster: str, global_batch: int, seq_len: int, engine: str | None, precision: str
-) -> _Inputs:
-    """All inputs, or one error with the problems of all of them."""
-    from meshwright.errors import InputError, Problem
-    from meshwright.io.inputs import make_workload, read_cluster, read_engine
-    from meshwright.io.models import load_model
+class _Faults:
+    """The problems of several inputs while they are read one after the other, so that a user sees all of them."""
 
-    problems: list[Problem] = []
+    def __init__(self) -> None:
+        self.problems: list[Problem] = []
 
-    def tried(read: Callable[[], Any]) -> Any:
+    def of(self, read: Callable[[], Any]) -> Any:
+        """What `read` gives, or None with its problems noted."""
+        from meshwright.errors import InputError
+
         try:
             return read()
         except InputError as error:
-            problems.extend(error.problems)
+            self.problems += error.problems
 
-    graph = tried(lambda: load_model(model))
-    machine = tried(lambda: read_cluster(cluster))
-    workload = tried(lambda: make_workload(global_batch, seq_len, precision))
-    software = tried(lambda: read_engine(engine, cluster))
-    if problems:
-        raise InputError(problems)
+    def refuse(self) -> None:
+        """Raise where something was noted."""
+        from meshwright.errors import InputError
+
+        if self.problems:
+            raise InputError(dict.fromkeys(self.problems))
+
+
+def _read_inputs(
+    model: str, cluster: str, global_batch: int, seq_len: int, engine: str | None, precision: str, faults: _Faults
+) -> _Inputs:
+    """All inputs, or one error with the problems of all of them and those noted before."""
+    from meshwright.io.inputs import check_model_takes, make_workload, read_cluster, read_engine
+    from meshwright.io.models import load_model
+
+    graph = faults.of(lambda: load_model(model))
+    machine = faults.of(lambda: read_cluster(cluster))
+    workload = faults.of(lambda: make_workload(global_batch, seq_len, precision))
+    software: Any = faults.of(lambda: read_engine(engine, machine)) if machine or engine else None
+    if graph and workload:
+        faults.of(lambda: check_model_takes(graph, workload))
+    faults.refuse()
     return _Inputs(graph, machine, workload, software, cluster, model)
 
 
@@ -120,10 +149,16 @@ def plan(
 ) -> None:
     """Find the best strategy: every legal one is evaluated, what does not fit is kept apart."""
     from meshwright.search.method import Question
+    from meshwright.search.space import UniformSpace
 
-    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision)
-    look = _method(method)
-    question = Question(_space(inputs, space, fix, largest), inputs.cluster, inputs.engine, _objective(objective), top)
+    faults = _Faults()
+    look = faults.of(lambda: _method(method))
+    limits = faults.of(lambda: _limits(space, fix, largest))
+    faults.of(lambda: _check_objective(objective))
+    faults.of(lambda: _check_one_stdout(out, as_json))
+    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
+    place = UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits)
+    question = Question(place, inputs.cluster, inputs.engine, objective, top)
     with _progress("evaluating strategies", quiet=as_json) as told:
         answer = look(question, told)
     ranking = [(named, _estimate(inputs, named)) for named in _named(inputs, answer)]
@@ -149,24 +184,30 @@ def _method(name: str) -> Any:
         raise InputError([Problem("--method", name, found.rule, found.nearest)]) from None
 
 
-def _objective(name: str) -> str:
+def _check_objective(name: str) -> None:
     from meshwright.errors import InputError, Problem, nearest_name
     from meshwright.search.method import OBJECTIVES
 
     if name not in OBJECTIVES:
         rule = f"known: {', '.join(OBJECTIVES)}"
         raise InputError([Problem("--objective", name, rule, nearest_name(name, OBJECTIVES))])
-    return name
 
 
-def _space(inputs: _Inputs, name: str, fix: str, largest: str) -> Any:
+def _check_one_stdout(out: str, as_json: bool) -> None:
+    from meshwright.errors import InputError, Problem
+
+    if as_json and out == "-":
+        raise InputError([Problem("--out", "-", "--json prints one object, so the plan goes to a file", "plan.json")])
+
+
+def _limits(space: str, fix: str, largest: str) -> Limits:
     from meshwright.errors import InputError, Problem, nearest_name
-    from meshwright.search.space import UniformSpace, limit_problems, limits_of
+    from meshwright.search.space import limit_problems, limits_of
     from meshwright.strategy import parse_shorthand_keys
 
     problems = []
-    if name != "uniform":
-        problems.append(Problem("--space", name, "known: uniform", nearest_name(name, ["uniform"])))
+    if space != "uniform":
+        problems.append(Problem("--space", space, "known: uniform", nearest_name(space, ["uniform"])))
     parsed = []
     for option, text in (("--fix", fix), ("--max", largest)):
         values: dict[str, Any] = {}
@@ -174,12 +215,12 @@ def _space(inputs: _Inputs, name: str, fix: str, largest: str) -> Any:
             try:
                 values = parse_shorthand_keys(text)
             except InputError as error:
-                problems += error.problems
+                problems += [replace(found, where=f"{option} {found.where}") for found in error.problems]
         problems += limit_problems(values, option)
         parsed.append(values)
     if problems:
         raise InputError(problems)
-    return UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits_of(*parsed))
+    return limits_of(*parsed)
 
 
 def _named(inputs: _Inputs, answer: Answer) -> list[NamedStrategy]:
@@ -273,9 +314,10 @@ def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStr
     console.print(_heading(inputs))
     if not ranking:
         for reason in _no_plan_reasons(inputs, answer):
-            console.print(reason, style="red")
+            console.print(reason, style="red", markup=False)
         return
-    console.print(ranking_table([(named.shorthand or "", estimate) for named, estimate in ranking]))
+    rows = [(found, estimate) for found, (_, estimate) in zip(answer.ranking, ranking, strict=True)]
+    console.print(ranking_table(rows, console.width))
     best, estimate = ranking[0]
     console.print(estimate_view(best.shorthand or "", estimate, usable_memory(inputs.cluster)))
     strategy = best.strategy
@@ -291,17 +333,21 @@ def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStr
     console.print(
         f"{answer.certificate.statement} ({answer.elapsed_s:.2f} s, {answer.strategies_per_s:,.0f} a CPU-second).",
         style="dim",
+        markup=False,
     )
 
 
 def _heading(inputs: _Inputs) -> str:
+    from rich.markup import escape
+
     from meshwright.units import format_count
 
     graph, workload, cluster = inputs.graph, inputs.workload, inputs.cluster
     return (
-        f"[bold]{graph.name}[/bold] ({format_count(graph.num_parameters)} parameters) on [bold]{cluster.name}[/bold] "
-        f"({cluster.num_devices:,} devices), {workload.global_batch:,} x {workload.seq_len:,} tokens a step, "
-        f"{workload.precision}, engine {inputs.engine.name}"
+        f"[bold]{escape(graph.name)}[/bold] ({format_count(graph.num_parameters)} parameters) "
+        f"on [bold]{escape(cluster.name)}[/bold] ({cluster.num_devices:,} devices), "
+        f"{workload.global_batch:,} x {workload.seq_len:,} tokens a step, {workload.precision}, "
+        f"engine {escape(inputs.engine.name)}"
     )
 
 
@@ -332,8 +378,9 @@ def estimate(
     as_json: AsJson = False,
 ) -> None:
     """Predict one strategy: time and memory by cause, utilisation, communication, and whether it fits."""
-    inputs, named = _strategy_inputs(model, cluster, strategy, global_batch, seq_len, engine, precision)
-    _check_evaluator(evaluator)
+    faults = _Faults()
+    faults.of(lambda: _check_evaluator(evaluator))
+    inputs, (named,) = _strategy_inputs([strategy], model, cluster, global_batch, seq_len, engine, precision, faults)
     found = _estimate(inputs, named)
     if as_json:
         fix = _nearest_fix(inputs, named, found)
@@ -345,12 +392,24 @@ def estimate(
 
 
 def _strategy_inputs(
-    model: str, cluster: str, strategy: str, global_batch: int, seq_len: int, engine: str | None, precision: str
-) -> tuple[_Inputs, NamedStrategy]:
-    from meshwright.io.inputs import read_strategy
+    strategies: Sequence[str],
+    model: str,
+    cluster: str,
+    global_batch: int,
+    seq_len: int,
+    engine: str | None,
+    precision: str,
+    faults: _Faults,
+) -> tuple[_Inputs, list[NamedStrategy]]:
+    """All inputs and each of the strategies, legal for them."""
+    from meshwright.io.inputs import named_strategy, parse_strategy
 
-    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision)
-    return inputs, read_strategy(strategy, inputs.graph, inputs.cluster.num_devices, inputs.workload)
+    given = [faults.of(partial(parse_strategy, text)) for text in strategies]
+    inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
+    num_devices = inputs.cluster.num_devices
+    named = [faults.of(partial(named_strategy, one, inputs.graph, num_devices, inputs.workload)) for one in given]
+    faults.refuse()
+    return inputs, named
 
 
 def _check_evaluator(name: str) -> None:
@@ -394,10 +453,12 @@ def explain(
 ) -> None:
     """Take an estimate apart: which operator, tensor and collective makes each number, and where each tensor lies."""
     from meshwright.cost.explain import explain as take_apart
-    from meshwright.io.inputs import read_strategy
 
-    inputs, named = _strategy_inputs(model, cluster, strategy, global_batch, seq_len, engine, precision)
-    other = read_strategy(against, inputs.graph, inputs.cluster.num_devices, inputs.workload) if against else None
+    texts = [strategy, against] if against else [strategy]
+    inputs, (named, *others) = _strategy_inputs(
+        texts, model, cluster, global_batch, seq_len, engine, precision, _Faults()
+    )
+    other = others[0] if others else None
     found = take_apart(inputs.graph, inputs.cluster, named.strategy, inputs.workload, inputs.engine)
     compared = _estimate(inputs, other) if other else None
     if as_json:
@@ -430,12 +491,18 @@ def run(
     strategy: Annotated[str, typer.Argument(metavar="[STRATEGY]", help="Where a model is given.")] = "",
     steps: Annotated[int, typer.Option(min=1, max=1_000_000, help="Steps to train.")] = 3,
     nproc: Annotated[int, typer.Option("--nproc", min=0, help="Processes; must be the strategy's.")] = 0,
-    global_batch: Annotated[int, typer.Option("--global-batch", metavar="N", help="Sequences per step.")] = 0,
-    seq_len: Annotated[int, typer.Option("--seq-len", metavar="S", help="Tokens per sequence.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16. [default: the plan's, or float32]")] = "",
+    global_batch: Annotated[
+        int | None, typer.Option("--global-batch", metavar="N", parser=_whole_number, help="Sequences per step.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option("--seq-len", metavar="S", parser=_whole_number, help="Tokens per sequence.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float64, float32 or bfloat16.", show_default="the plan's, or float32")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of weights and data.")] = 0,
     tokens: Annotated[str, typer.Option(metavar="FILE", help="Train on these token ids (.npy or .bin).")] = "",
-    cluster: Annotated[str, typer.Option(help="Predict for this cluster. [default: local-cpuxP]")] = "",
+    cluster: Annotated[str, typer.Option(help="Predict for this cluster.", show_default="local-cpuxP")] = "",
     check: Annotated[bool, typer.Option("--check", help="Compare with one device, every gradient.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -447,7 +514,7 @@ def run(
     graph, named, workload = read_run(request)
     cluster_text = cluster or f"local-cpux{named.strategy.num_devices}"
     machine = read_cluster(cluster_text)
-    inputs = _Inputs(graph, machine, workload, read_engine("meshwright", cluster_text), cluster_text, plan_or_model)
+    inputs = _Inputs(graph, machine, workload, read_engine("meshwright", machine), cluster_text, plan_or_model)
     from meshwright.runtime.launch import run as execute
 
     with _progress(f"training on {named.strategy.num_devices} processes", quiet=as_json):
@@ -539,14 +606,18 @@ def calibrate_local(
 
 
 @app.command()
-def schema(noun: Annotated[str, typer.Argument(help="graph, cluster, strategy, plan, ...")] = "") -> None:
+def schema(
+    noun: Annotated[str, typer.Argument(help="graph, cluster, strategy, plan, ...")] = "", as_json: AsJson = False
+) -> None:
     """Print the JSON Schema of a noun's file, or list the nouns."""
     from meshwright.io.native import NOUNS, json_schema
 
-    if not noun:
+    if as_json:
+        _print_json("schema/1", {"noun": noun, "json_schema": json_schema(noun)} if noun else {"nouns": list(NOUNS)})
+    elif not noun:
         _console().print("\n".join(NOUNS))
-        return
-    sys.stdout.write(json.dumps(json_schema(noun), indent=2) + "\n")
+    else:
+        sys.stdout.write(json.dumps(json_schema(noun), indent=2) + "\n")
 
 
 def main() -> None:

@@ -24,8 +24,11 @@ from meshwright.errors import InputError, Problem, nearest_name
 #: The names under which a device states a dense peak; integer operations count as FLOPs too.
 PEAK_DTYPES = ("float64", "float32", "tf32", "float16", "bfloat16", "float8", "float4", "int8")
 
-#: More devices than this in one preset is taken for a slip of the finger.
+#: More devices than this in one cluster is taken for a slip of the finger.
 MAX_DEVICES = 10**7
+
+#: Hardware numbers lie well between this and one over it; beyond, times and their sums would not be finite.
+SMALLEST_QUANTITY = 1e-30
 
 
 class LinkKind(StrEnum):
@@ -384,6 +387,9 @@ def _quantity_problems(where: str, quantity: Quantity) -> Iterator[Problem]:
     if not math.isfinite(quantity.value) or quantity.value < 0 or (quantity.value == 0 and not can_be_zero):
         rule = "must be finite and not negative" if can_be_zero else "must be positive and finite"
         yield Problem(where, str(quantity.value), rule)
+    elif quantity.value and not SMALLEST_QUANTITY <= quantity.value <= 1 / SMALLEST_QUANTITY:
+        rule = f"must lie between {SMALLEST_QUANTITY:g} and {1 / SMALLEST_QUANTITY:g}"
+        yield Problem(where, str(quantity.value), rule)
     if not quantity.source.strip():
         yield Problem(f"{where}.source", "''", "every number names its source", "[spec] the datasheet's name")
 
@@ -391,6 +397,8 @@ def _quantity_problems(where: str, quantity: Quantity) -> Iterator[Problem]:
 def _group_problems(cluster: Cluster) -> Iterator[Problem]:
     if not cluster.groups:
         yield Problem("groups", "", "needs at least one device group")
+    if cluster.num_devices > MAX_DEVICES:
+        yield Problem("groups", f"{cluster.num_devices} devices", f"more than {MAX_DEVICES:,} devices")
     for i, group in enumerate(cluster.groups):
         if group.count < 1:
             yield Problem(f"groups[{i}].count", str(group.count), "must be 1 or more", "1")

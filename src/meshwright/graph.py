@@ -23,7 +23,7 @@ from typing import Any
 from meshwright.errors import Problem, nearest_name
 
 #: Dims whose size the workload gives.
-WORKLOAD_DIMS = ("batch", "seq")
+WORKLOAD_DIMS = ("batch", "seq", "kv_seq")
 
 #: More repeats of a segment than this are taken for a slip of the finger.
 MAX_REPEAT = 100_000
@@ -197,8 +197,11 @@ class Graph:
         return len(self.sequence) - 2
 
     def sizes(self, batch: Any, seq: Any) -> dict[str, Any]:
-        """Sizes of all dims with the workload's bound; `batch` in sequences, `seq` in tokens (numbers or arrays)."""
-        return {**self.dims, "batch": batch, "seq": seq}
+        """Sizes of all dims with the workload's bound; `batch` in sequences, `seq` in tokens (numbers or arrays).
+
+        The keys' sequence of a tensor that has both, such as attention scores, is the dim `kv_seq`.
+        """
+        return {**self.dims, "batch": batch, "seq": seq, "kv_seq": seq}
 
     @property
     def num_parameters(self) -> int:

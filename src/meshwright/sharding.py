@@ -177,18 +177,21 @@ def operator_splits(block: Block, rules: Sequence[AxisRule]) -> dict[str, dict[s
     return splits
 
 
-def operand_placements(dims: Sequence[str], aliases: Mapping[str, str], split: Split) -> dict[str, Placement]:
-    """Placement of an operand under an operator's split; `dims` by the operator's names, the answer by the block's."""
-    return {axis: Shard(aliases[dim]) for axis, dim in split.items() if dim in dims}
+def operand_placements(dims: Sequence[str], tensor: Tensor, split: Split) -> dict[str, Placement]:
+    """Placement of an operand under an operator's split; `dims` by the operator's names, the answer by the tensor's."""
+    names = dict(zip(dims, tensor.dims, strict=True))
+    return {axis: Shard(names[dim]) for axis, dim in split.items() if dim in names}
 
 
 def lay_out_operator(block: Block, operator: Operator, split: Split) -> OperatorLayout:
     """The placements of an operator's operands and results under a split."""
-    aliases = block.dim_aliases(operator)
-    inputs = tuple(operand_placements(dims, aliases, split) for dims in operator.input_dims)
+    inputs = tuple(
+        operand_placements(dims, block.tensor[name], split)
+        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
+    )
     outputs = []
-    for dims in operator.output_dims:
-        placements = operand_placements(dims, aliases, split)
+    for name, dims in zip(operator.outputs, operator.output_dims, strict=True):
+        placements = operand_placements(dims, block.tensor[name], split)
         placements |= {axis: PARTIAL for axis, dim in split.items() if dim not in dims}
         outputs.append(placements)
     return OperatorLayout(operator, split, inputs, tuple(outputs))
@@ -380,7 +383,9 @@ def local_numel(
     >>> local_numel(("vocab", "hidden"), {"tp": Shard("vocab")}, {"vocab": 50257, "hidden": 768}, {"tp": 4})
     9649920
     """
-    numel = math.prod(local_size(dim, placements, sizes, degrees) for dim in dims)
+    # A dim that stands twice (scores: queries by keys) is split in one of its places.
+    split = math.prod(local_size(dim, placements, sizes, degrees) for dim in dict.fromkeys(dims))
+    numel = split * math.prod(sizes[dim] for position, dim in enumerate(dims) if dim in dims[:position])
     flat = shard_degree(FLAT, placements, degrees)
     return -(-numel // flat)
 

@@ -10,6 +10,7 @@ a strategy breaks for a given model, cluster size and workload.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
@@ -17,7 +18,7 @@ from functools import cache
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.graph import Graph
+from meshwright.graph import Graph, Role
 from meshwright.schedule import SCHEDULES, schedule_problems
 from meshwright.sharding import AxisRule, BlockLayout, StatePlacement, lay_out, operator_splits, zero_placement
 from meshwright.workload import Workload
@@ -343,13 +344,15 @@ STATE_AXES = frozenset({"dp_shard", "cp"})
 
 
 def recompute_blocks(graph: Graph, recompute: Recompute) -> dict[str, Recompute]:
-    """One choice for every layer; the ends of the model hold none to recompute."""
-    ends = (graph.sequence[0], graph.sequence[-1])
+    """One choice for every layer; the ends of the model, where they are no layers, hold none to recompute."""
+    ends = {name for name in (graph.sequence[0], graph.sequence[-1]) if graph.counts[name] == 1}
     return {block.name: Recompute.NONE if block.name in ends else recompute for block in graph.blocks}
 
 
 def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
     """The shorthand that expands to `strategy`, or None where none does."""
+    if any(_number_problems(strategy)) or len(strategy.stages) < strategy.pipeline_size:
+        return None
     degrees = strategy.degrees
     dp, shard = degree_of("dp", degrees), degrees.get("dp_shard", 1)
     zero = sum((strategy.state.optimizer, strategy.state.gradient, strategy.state.parameter))
@@ -433,18 +436,19 @@ def nearest_divisor(number: int, wanted: int) -> int:
 
 @cache
 def divisors(number: int) -> tuple[int, ...]:
-    """All divisors, ascending.
+    """All divisors, ascending; of a number beyond 10^12 only those up to 10^6 and the numbers of times they go into it.
 
     >>> divisors(12)
     (1, 2, 3, 4, 6, 12)
     """
-    small = [candidate for candidate in range(1, math.isqrt(number) + 1) if number % candidate == 0]
+    small = [candidate for candidate in range(1, math.isqrt(min(number, 10**12)) + 1) if number % candidate == 0]
     return tuple(sorted({*small, *(number // candidate for candidate in small)}))
 
 
 def strategy_problems(strategy: Strategy, graph: Graph, num_devices: int, workload: Workload) -> list[Problem]:
     """Every rule that a strategy breaks, memory excepted (that is an estimate's to say)."""
-    problems = []
+    if problems := list(_number_problems(strategy)):
+        return problems  # the other rules divide by these numbers
     if strategy.num_devices != num_devices:
         product = " x ".join(f"{axis.name}={axis.size}" for axis in strategy.mesh) or "one device"
         problems.append(Problem("mesh", product, f"must be the cluster's {num_devices} devices"))
@@ -452,6 +456,8 @@ def strategy_problems(strategy: Strategy, graph: Graph, num_devices: int, worklo
     problems += stage_problems(strategy, graph)
     sizes = graph.sizes(strategy.microbatch * degree_of("dp", strategy.degrees), workload.seq_len)
     problems += split_problems(graph, strategy.splits, sizes, strategy.degrees)
+    problems += _recompute_problems(strategy, graph)
+    problems += _state_problems(strategy, graph)
     problems += position_problems(graph, workload)
     if not problems:
         problems += schedule_problems(
@@ -461,6 +467,47 @@ def strategy_problems(strategy: Strategy, graph: Graph, num_devices: int, worklo
             strategy.num_microbatches(workload),
         )
     return problems
+
+
+def _number_problems(strategy: Strategy) -> Iterator[Problem]:
+    for axis in strategy.mesh:
+        if axis.name not in AXIS_ORDER:
+            rule = f"no such axis; known: {', '.join(AXIS_ORDER)}"
+            yield Problem("mesh", axis.name, rule, nearest_name(axis.name, AXIS_ORDER))
+        if axis.size < 1:
+            yield Problem(f"mesh.{axis.name}", str(axis.size), "must be at least 1", "1")
+    names = [axis.name for axis in strategy.mesh]
+    for name in dict.fromkeys(names):
+        if names.count(name) > 1:
+            yield Problem("mesh", name, "an axis is named once")
+    if strategy.microbatch < 1:
+        yield Problem("microbatch", str(strategy.microbatch), "must be at least 1", "1")
+
+
+def _recompute_problems(strategy: Strategy, graph: Graph) -> Iterator[Problem]:
+    for name in sorted(set(graph.block) ^ set(strategy.recompute)):
+        if name in strategy.recompute:
+            yield Problem("recompute", name, "no such block", nearest_name(name, graph.block))
+        else:
+            yield Problem("recompute", name, "its choice is missing")
+
+
+def _state_problems(strategy: Strategy, graph: Graph) -> Iterator[Problem]:
+    """State is sharded over axes along which a parameter is otherwise copied."""
+    splitting = {
+        axis
+        for block in graph.blocks
+        for operator in block.operators
+        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
+        for axis, dim in strategy.splits.get(block.name, {}).get(operator.name, {}).items()
+        if dim in dims and block.tensor[name].role is Role.PARAMETER
+    }
+    for axis in strategy.state.axes:
+        if axis not in strategy.degrees:
+            rule = f"no such mesh axis; axes: {', '.join(strategy.degrees)}"
+            yield Problem("state.axes", axis, rule, nearest_name(axis, strategy.degrees))
+        elif axis in splitting or axis == "pp":
+            yield Problem("state.axes", axis, "splits parameters, so it holds no copies whose state could be sharded")
 
 
 def batch_problems(mbs: int, dp: int, workload: Workload) -> list[Problem]:
@@ -498,9 +545,11 @@ def stage_problems(strategy: Strategy, graph: Graph) -> list[Problem]:
                 problems.append(Problem(where, f"{part.start}-{part.stop}", f"a range within 0 to {total}"))
             else:
                 held[part.start : part.stop] = [count + 1 for count in held[part.start : part.stop]]
-    per_rank = [sum(stage.pipeline_rank == rank for stage in strategy.stages) for rank in range(size)]
-    if len(set(per_rank)) > 1:
-        problems.append(Problem("stages", str(per_rank), "every pipeline rank has the same number of stages"))
+    on_rank = Counter(stage.pipeline_rank for stage in strategy.stages)
+    # A file may claim any number of ranks: one more than there are stages is enough to find one without.
+    per_rank = [on_rank[rank] for rank in range(min(size, len(strategy.stages) + 1))]
+    if any(count * size != len(strategy.stages) for count in per_rank):
+        problems.append(Problem("stages", str(per_rank[:8]), "every pipeline rank has the same number of stages"))
     wrong = [index for index, count in enumerate(held) if count != 1]
     if wrong:
         problems.append(Problem("stages", f"blocks {wrong[:8]}", "every block is on exactly one stage"))
@@ -515,12 +564,15 @@ def split_problems(
 ) -> list[Problem]:
     """Splits that name what is not there, or that do not divide what they split."""
     problems: dict[Problem, None] = {}
+    for name in sorted(set(splits) - set(graph.block)):
+        problems[Problem("splits", name, "no such block", nearest_name(name, graph.block))] = None
     for block in graph.blocks:
         given = splits.get(block.name, {})
         names = {operator.name for operator in block.operators} | set(block.inputs) | set(block.outputs)
         for name in sorted(names ^ set(given)):
             rule = "no such operator in the block" if name in given else "its split is missing"
-            problems[Problem(f"splits.{block.name}", name, rule, nearest_name(name, names))] = None
+            nearest = nearest_name(name, names) if name in given else None
+            problems[Problem(f"splits.{block.name}", name, rule, nearest)] = None
         for operator in block.operators:
             found = _operator_split_problems(
                 f"splits.{block.name}.{operator.name}",
@@ -531,6 +583,11 @@ def split_problems(
                 sizes,
                 degrees,
             )
+            problems |= dict.fromkeys(found)
+        for name in (*block.inputs, *block.outputs):
+            dims = block.tensor[name].dims
+            where = f"splits.{block.name}.{name}"
+            found = _operator_split_problems(where, dims, (), given.get(name, {}), {}, sizes, degrees)
             problems |= dict.fromkeys(found)
     return list(problems)
 
@@ -553,7 +610,7 @@ def _operator_split_problems(
     for dim in dict.fromkeys(split.values()):
         axes = [axis for axis, split_dim in split.items() if split_dim == dim and axis in degrees]
         degree = math.prod(degrees[axis] for axis in axes)
-        if dim not in PADDED_DIMS and sizes[aliases.get(dim, dim)] % degree:
+        if dim in dims and dim not in PADDED_DIMS and sizes[aliases.get(dim, dim)] % degree:
             yield _division_problem(dim, axes, sizes[aliases.get(dim, dim)], sizes, degrees)
 
 

@@ -177,6 +177,11 @@ class Pass:
         return self.compute + self.recompute + sum(self.exposed.values()) + self.launch
 
 
+def _launch_seconds(engine: Engine, launches_s: Any, busy_s: Any) -> Any:
+    """What starting operators adds to the `busy_s` of the device: what is more than that, or all of it."""
+    return np.maximum(launches_s - busy_s, 0.0) if engine.launch_overlaps else launches_s + 0.0 * busy_s
+
+
 def _exposed_behind(took_s: Any, share: float, compute_s: Any) -> Any:
     """Of a transfer that can run beside `compute_s`: the engine's share stays exposed, or what does not fit."""
     return np.maximum(share * took_s, took_s - (1 - share) * compute_s)
@@ -219,7 +224,7 @@ def block_passes(
     forward_s = block.math_s + block.memory_s
     forward_exposed = exposed_seconds(block.forward.seconds, priced.degrees, engine)
     exposed = _add_state(forward_exposed, gathers, priced, forward_s)
-    launch = np.maximum(block.launch_s - forward_s - sum(exposed.values()), 0.0)
+    launch = _launch_seconds(engine, block.launch_s, forward_s + sum(exposed.values()))
     forward = Pass(forward_s, 0.0, exposed, launch)
 
     accumulate_s = 2 * bytes_.gradient * state.numel / priced.machine.rates.memory_Bps
@@ -234,7 +239,7 @@ def block_passes(
     scatters = state_seconds(priced, state.each_backward, bytes_.gradient)
     for seconds in (gathers, scatters):
         exposed = _add_state(exposed, seconds, priced, (backward_s + again_s) / max(1, bool(gathers) + bool(scatters)))
-    launch = np.maximum(launches - backward_s - again_s - sum(exposed.values()), 0.0)
+    launch = _launch_seconds(engine, launches, backward_s + again_s + sum(exposed.values()))
     return forward, Pass(backward_s, again_s, exposed, launch)
 
 
@@ -278,10 +283,10 @@ def evaluate(priced: PricedLayouts, states: Mapping[str, StatePrice], tables: Ra
     )
     turn_RK = forward_RK + backward_RK
     slowest_R = turn_RK.argmax(axis=1)
-    end = _step_end(priced, states, rows, family, backward_RK)
+    end = _step_end(priced, states, rows, family, forward_RK, backward_RK)
     time = _time_ledger(passes, rows, slowest_R, message_s, family)
     busy_R = sum(time.values())
-    time["bubble"] = pipeline_s - busy_R
+    time["bubble"] = np.maximum(pipeline_s - busy_R, 0.0)  # the maximum is for rounding only
     for cause, seconds_R in end.items():
         time[cause] = time.get(cause, 0.0) + seconds_R
     time["constant"] = np.full_like(pipeline_s, priced.machine.engine.step_constant_s)
@@ -356,25 +361,45 @@ def _messages(priced: PricedLayouts, rows: _Rows, family: Family) -> tuple[Any, 
     return chunks_RK * rows.column(share * took_s)[:, None], rows.column(size * pipelined)
 
 
+def _message_seconds(priced: PricedLayouts, rows: _Rows, size_RK: Any) -> Any:
+    """Seconds of a message of each rank to another pipeline rank."""
+    others = [axis for axis in priced.degrees if axis != "pp"]
+    stride = rows.column(group_size(others, priced.degrees))[:, None]
+    return point_to_point_time(size_RK, stride, priced.machine.levels)
+
+
 def _step_end(
-    priced: PricedLayouts, states: Mapping[str, StatePrice], rows: _Rows, family: Family, backward_RK: Any
+    priced: PricedLayouts,
+    states: Mapping[str, StatePrice],
+    rows: _Rows,
+    family: Family,
+    forward_RK: Any,
+    backward_RK: Any,
 ) -> dict[str, Any]:
     """Seconds after the last backward on the slowest rank: reduction, update, gathering of parameters."""
     engine, bytes_ = priced.machine.engine, state_bytes(priced.machine.engine, priced.workload)
     exposed: dict[str, Any] = {}
-    for name_of, size, window in (
+    # Gradients travel beside the last backward, new parameters beside the next forward. What one transfer has taken of
+    # that time is not there for another: else faster computation could make a step slower.
+    for name_of, size, window_RK in (
         ("step_gradient", bytes_.gradient, backward_RK),
-        ("step_parameter", bytes_.parameter, backward_RK),
+        ("step_parameter", bytes_.parameter, forward_RK),
     ):
         seconds = {name: state_seconds(priced, getattr(state, name_of), size) for name, state in states.items()}
         for axes in dict.fromkeys(axes for found in seconds.values() for axes in found):
             took_RK = rows.add({name: found[axes][1] for name, found in seconds.items() if axes in found})
             for axis, share in attributed(axes, priced.degrees).items():
                 root = root_axis(axis)
-                hidden = _exposed_behind(took_RK, engine.exposed.get(root, 1.0), window)
+                hidden = _exposed_behind(took_RK, engine.exposed.get(root, 1.0), window_RK)
                 booked = rows.column(share)[:, None] * hidden
                 exposed[f"exposed_{root}"] = exposed.get(f"exposed_{root}", 0.0) + booked
-    numel_RK = rows.add({name: state.numel for name, state in states.items()})
+            window_RK = np.maximum(window_RK - took_RK, 0.0)
+    shared_RK, single_RK = _tied_numel(priced, rows)
+    if single_RK.any():
+        # Both ends of a tied pair exchange their gradients and go on with the sum.
+        tied_s = _message_seconds(priced, rows, single_RK * bytes_.gradient)
+        exposed["exposed_pp"] = engine.exposed.get("pp", 1.0) * tied_s * (single_RK > 0)
+    numel_RK = rows.add({name: state.numel for name, state in states.items()}) - shared_RK
     shards = state_shards(priced, family.state) if family.state.optimizer else 1
     traffic = UPDATE_PASSES * bytes_.optimizer + bytes_.gradient + bytes_.parameter
     exposed["optimizer"] = numel_RK / rows.column(shards)[:, None] * traffic / priced.machine.rates.memory_Bps
@@ -410,15 +435,18 @@ def _time_ledger(
 def _memory(priced: PricedLayouts, states: Mapping[str, StatePrice], rows: _Rows, family: Family) -> dict[str, Any]:
     """Bytes on each kind of rank, by category."""
     bytes_ = state_bytes(priced.machine.engine, priced.workload)
-    numel_RK = rows.add({name: state.numel for name, state in states.items()}) - _tied_numel(priced, states, rows)
+    numel_RK = rows.add({name: state.numel for name, state in states.items()}) - _tied_numel(priced, rows)[0]
     shards_RK = rows.column(state_shards(priced, family.state))[:, None]
     state = family.state
     in_flight_RK = _in_flight(rows, family)
     kept = {name: block.kept_bytes[family.recompute[name]] for name, block in priced.blocks.items()}
     last = priced.graph.sequence[-1]
-    body_RK = rows.add({name: value for name, value in kept.items() if name != last})
+    head = {last} if priced.graph.counts[last] == 1 else set()  # of equal blocks all the way through none is a head
+    body_RK = rows.add({name: value for name, value in kept.items() if name not in head})
     every = family.num_microbatches_R[:, None] if family.schedule == "GPipe" else 1
-    activations = in_flight_RK * body_RK / family.num_virtual_R[:, None] + every * rows.add({last: kept[last]})
+    activations = in_flight_RK * body_RK / family.num_virtual_R[:, None] + every * rows.add(
+        {name: kept[name] for name in head}
+    )
     redone = {
         name: block.kept_bytes[Recompute.NONE] - block.kept_bytes[family.recompute[name]]
         for name, block in priced.blocks.items()
@@ -455,15 +483,15 @@ def _working_bytes(priced: PricedLayouts, name: str) -> Any:
     return np.maximum.reduce([np.asarray(price.bytes, dtype=float) for price in priced.blocks[name].operators])
 
 
-def _tied_numel(priced: PricedLayouts, states: Mapping[str, StatePrice], rows: _Rows) -> Any:
-    """Elements counted twice on ranks that hold both ends of a tied pair."""
-    total: Any = np.zeros(rows.ranks_RK.shape)
-    for first, second in priced.graph.tied:
-        both = np.ones(rows.ranks_RK.shape, dtype=bool)
-        for end in (first, second):
-            both &= rows.counts_RKB[:, :, rows.blocks.index(end.split("/")[0])] > 0
-        total += both * rows.column(_parameter_numel(priced, second))[:, None]
-    return total
+def _tied_numel(priced: PricedLayouts, rows: _Rows) -> tuple[Any, Any]:
+    """Elements of tied pairs: on ranks that hold both ends (counted twice there), on ranks that hold one."""
+    shared, single = np.zeros(rows.ranks_RK.shape), np.zeros(rows.ranks_RK.shape)
+    for pair in priced.graph.tied:
+        ends = [rows.counts_RKB[:, :, rows.blocks.index(end.split("/")[0])] > 0 for end in pair]
+        numel = rows.column(_parameter_numel(priced, pair[1]))[:, None]
+        shared += (ends[0] & ends[1]) * numel
+        single += (ends[0] ^ ends[1]) * numel
+    return shared, single
 
 
 def _parameter_numel(priced: PricedLayouts, path: str) -> Any:
@@ -524,5 +552,6 @@ def _communication(
     columns = {axis: value.max(axis=1) for axis, value in sent.items()}
     pp_R = rows.ranks_RK.sum(axis=1)
     per_microbatch_R = np.where(pp_R > 1, 2 * family.num_virtual_R - (pp_R == 2), 0)
-    columns["pp"] = per_microbatch_R * family.num_microbatches_R * message_bytes_R
+    tied_R = _tied_numel(priced, rows)[1].max(axis=1) * bytes_.gradient
+    columns["pp"] = per_microbatch_R * family.num_microbatches_R * message_bytes_R + tied_R
     return columns

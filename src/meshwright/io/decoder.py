@@ -24,7 +24,7 @@ TOKENS: Dims = ("batch", "seq")
 HIDDEN: Dims = (*TOKENS, "hidden")
 QUERY: Dims = ("kv_heads", "group", "head_dim")
 KEY: Dims = ("kv_heads", "head_dim")
-SCORES: Dims = ("batch", "kv_heads", "group", "seq", "seq")
+SCORES: Dims = ("batch", "kv_heads", "group", "seq", "kv_seq")
 ROUTED: Dims = (*TOKENS, "topk", "hidden")
 
 
@@ -531,7 +531,6 @@ def _score_attributes(decoder: Decoder, layer: Layer) -> dict[str, Attribute]:
 
 CORE = "core_attention"
 _KEYS: Dims = ("batch", "kv_seq", *KEY)
-_SCORES: Dims = (*SCORES[:-1], "kv_seq")
 _SQUARE = _product(TOKENS, ("kv_seq",), QUERY)
 
 
@@ -560,7 +559,7 @@ def _unfused(draft: _Draft, decoder: Decoder, layer: Layer, qkv: tuple[str, str,
     """Scores, softmax, dropout and context one by one: the 5as/h of Korthikanti 2205.05198, eq. 1."""
     q, k, v = qkv
     scores = draft.tensor("scores", SCORES)
-    _attention_einsum(draft, "scores", (q, k), scores, {k: _KEYS, scores: _SCORES})
+    _attention_einsum(draft, "scores", (q, k), scores, {k: _KEYS})
     if decoder.relative:
         scores = _relative(draft, q, scores)
     probabilities = draft.tensor("probabilities", SCORES)
@@ -569,17 +568,16 @@ def _unfused(draft: _Draft, decoder: Decoder, layer: Layer, qkv: tuple[str, str,
         "softmax",
         (scores,),
         (probabilities,),
-        renamed={scores: _SCORES, probabilities: _SCORES},
         unsplit=("kv_seq",),
         saves=(probabilities,),
         group=CORE,
         attributes=_score_attributes(decoder, layer),
     )
     if decoder.attention_dropout:
-        step = _dropout(decoder.attention_dropout, dims=_SCORES, group=CORE)
+        step = _dropout(decoder.attention_dropout, dims=SCORES, group=CORE)
         probabilities = step(draft, "probabilities_dropout", probabilities, "dropped_probabilities")
     context = draft.tensor("context", (*TOKENS, *QUERY))
-    _attention_einsum(draft, "context", (probabilities, v), context, {probabilities: _SCORES, v: _KEYS})
+    _attention_einsum(draft, "context", (probabilities, v), context, {v: _KEYS})
     return context
 
 
@@ -610,11 +608,10 @@ def _relative(draft: _Draft, q: str, scores: str) -> str:
     product = (_product(("seq", "hidden"), QUERY),)
     draft.operator("relative_keys", "relative", (weight,), (keys,), unsplit=("seq", "head_dim"), contractions=product)
     term = draft.tensor("relative_scores", SCORES)
-    renamed: Mapping[str, Dims] = {keys: ("kv_seq", *QUERY), term: _SCORES}
+    renamed: Mapping[str, Dims] = {keys: ("kv_seq", *QUERY)}
     _attention_einsum(draft, "relative_scores", (q, keys), term, renamed, kind="relative_scores")
     total = draft.tensor("all_scores", SCORES)
-    renamed = dict.fromkeys((scores, term, total), _SCORES)
-    draft.operator("add", "add_relative", (scores, term), (total,), renamed=renamed, unsplit=("kv_seq",), group=CORE)
+    draft.operator("add", "add_relative", (scores, term), (total,), unsplit=("kv_seq",), group=CORE)
     return total
 
 

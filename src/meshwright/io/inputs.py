@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from meshwright.cluster import Cluster, preset_cluster
 from meshwright.engine import Engine, load_engine
 from meshwright.errors import InputError, Problem
-from meshwright.graph import Graph
+from meshwright.graph import Block, Graph, Operator, operator_flops
 from meshwright.strategy import (
+    Shorthand,
     Strategy,
     legal_strategy,
     parse_shorthand,
+    position_problems,
     shorthand_of,
     strategy_problems,
 )
@@ -28,7 +32,7 @@ def looks_like_file(text: str) -> bool:
     """
     if "\0" in text or len(text) > 4096:
         return False
-    return text == "-" or text.endswith(".json") or "/" in text or Path(text).is_file()
+    return text == "-" or text.endswith(".json") or "/" in text or os.path.isfile(text)
 
 
 def read_cluster(text: str) -> Cluster:
@@ -41,10 +45,10 @@ def read_cluster(text: str) -> Cluster:
     return preset_cluster(text)
 
 
-def read_engine(text: str | None, cluster: str) -> Engine:
+def read_engine(text: str | None, cluster: Cluster) -> Engine:
     """An engine by name or file; where none is named, ours for processes of this machine, else Megatron-Core."""
     if text is None:
-        return load_engine("meshwright" if cluster.startswith("local-cpu") else "megatron-core")
+        return load_engine("meshwright" if cluster.name.startswith("local-cpu") else "megatron-core")
     if looks_like_file(text):
         from meshwright.io import native
 
@@ -53,23 +57,52 @@ def read_engine(text: str | None, cluster: str) -> Engine:
     return load_engine(text)
 
 
-def make_workload(global_batch: int, seq_len: int, precision: str) -> Workload:
+_OPTIONS = {"global_batch": "--global-batch", "seq_len": "--seq-len"}
+
+#: Costs are 64-bit integers in places; what one operator does may not reach their end.
+MAX_OPERATOR_WORK = 2**62
+
+
+def make_workload(global_batch: int, seq_len: int, precision: str, precision_option: str = "--precision") -> Workload:
     """A checked workload; all problems at once, by the names of the options."""
     problems: list[Problem] = []
     try:
         name = parse_precision(precision)
     except InputError as error:
-        problems += error.problems
+        problems += [replace(found, where=precision_option) for found in error.problems]
         name = "bfloat16"
     workload = Workload(global_batch, seq_len, name)
-    options = {"global_batch": "--global-batch", "seq_len": "--seq-len"}
-    problems += [
-        Problem(options.get(found.where, found.where), found.value, found.rule, found.nearest)
-        for found in workload_problems(workload)
-    ]
+    problems += [_by_option(found) for found in workload_problems(workload)]
     if problems:
         raise InputError(problems)
     return workload
+
+
+def _by_option(problem: Problem) -> Problem:
+    return replace(problem, where=_OPTIONS.get(problem.where, problem.where))
+
+
+def check_model_takes(graph: Graph, workload: Workload) -> None:
+    """Raise `InputError` where the model ends before the sequence does, or numbers leave 64-bit integers."""
+    problems = [_by_option(found) for found in position_problems(graph, workload)]
+    sizes = graph.sizes(workload.global_batch, workload.seq_len)
+    work = {f"{block.name}/{op.name}": _work(block, op, sizes) for block in graph.blocks for op in block.operators}
+    most = max(work, key=work.__getitem__)
+    if work[most] > MAX_OPERATOR_WORK:
+        value = f"{workload.global_batch} x {workload.seq_len} tokens"
+        rule = (
+            f"operator {most} of {graph.name} takes {work[most]:.1e} FLOPs or bytes; more than {MAX_OPERATOR_WORK:.1e}"
+        )
+        problems.append(Problem("--global-batch x --seq-len", value, rule))
+    if problems:
+        raise InputError(problems)
+
+
+def _work(block: Block, operator: Operator, sizes: Mapping[str, int]) -> int:
+    """FLOPs of an operator, or the bytes of its largest operand at 8 an element where that is more."""
+    operands = (*operator.inputs, *operator.outputs)
+    largest = max(8 * math.prod(sizes[dim] for dim in block.tensor[name].dims) for name in operands)
+    return max(largest, int(operator_flops(operator, block.dim_aliases(operator), sizes)))
 
 
 @dataclass(frozen=True)
@@ -82,15 +115,23 @@ class NamedStrategy:
 
 def read_strategy(text: str, graph: Graph, num_devices: int, workload: Workload) -> NamedStrategy:
     """A legal strategy from a shorthand, a strategy file or a plan file; names every rule that it breaks."""
-    if looks_like_file(text):
-        strategy = read_strategy_file(text)
-        problems = strategy_problems(strategy, graph, num_devices, workload)
-        if problems:
-            raise InputError(problems)
-        found = shorthand_of(strategy, graph)
-        return NamedStrategy(strategy, str(found) if found else None)
-    shorthand = parse_shorthand(text)
-    return NamedStrategy(legal_strategy(shorthand, graph, num_devices, workload), str(shorthand))
+    return named_strategy(parse_strategy(text), graph, num_devices, workload)
+
+
+def parse_strategy(text: str) -> Shorthand | Strategy:
+    """What a shorthand, a strategy file or a plan file says, legal or not."""
+    return read_strategy_file(text) if looks_like_file(text) else parse_shorthand(text)
+
+
+def named_strategy(given: Shorthand | Strategy, graph: Graph, num_devices: int, workload: Workload) -> NamedStrategy:
+    """A legal strategy; names every rule that it breaks."""
+    if isinstance(given, Shorthand):
+        return NamedStrategy(legal_strategy(given, graph, num_devices, workload), str(given))
+    problems = strategy_problems(given, graph, num_devices, workload)
+    if problems:
+        raise InputError(problems)
+    found = shorthand_of(given, graph)
+    return NamedStrategy(given, str(found) if found else None)
 
 
 def read_strategy_file(text: str) -> Strategy:
@@ -99,6 +140,6 @@ def read_strategy_file(text: str) -> Strategy:
 
     data = native.read_json_object(text, "a strategy or plan")
     noun = "plan" if str(data.get("schema", "")).startswith("plan/") else "strategy"
-    record: Any = native.read(text, noun)
+    record: Any = native.from_object(data, noun, "stdin" if text == "-" else text)
     strategy: Strategy = record.strategy if noun == "plan" else record
     return strategy

@@ -14,6 +14,11 @@ from meshwright.graph import Graph
 from meshwright.io.decoder import decoder_graph
 from meshwright.io.huggingface import decoder_from_config
 
+#: Files that will have a door of their own, by suffix.
+OTHER_KINDS = {".pt2": "an exported PyTorch program", ".onnx": "an ONNX graph", ".py": "a Python file"}
+
+_KINDS = "give a preset's name, a Hugging Face config.json or the folder that holds one"
+
 _PRESETS = Path(__file__).parent.parent / "data" / "models"
 
 
@@ -40,9 +45,9 @@ def load_model(text: str) -> Graph:
     if text in model_presets():
         return graph_from_config(read_json_object(_PRESETS / f"{text}.json", "a model preset"), text, text)
     path = Path(text)
-    if text != "-" and not _looks_like_path(text) and (not text or not _exists(path)):
-        raise InputError([_unknown(text)])
-    if path.is_dir():
+    if text != "-" and (refusal := _refusal(text, path)):
+        raise InputError([refusal])
+    if _exists(path) and path.is_dir():
         path = path / "config.json"
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
     data = read_json_object(text if text == "-" else path, "a Hugging Face config")
@@ -52,6 +57,17 @@ def load_model(text: str) -> Graph:
 def graph_from_config(data: dict[str, Any], where: str = "config.json", name: str = "") -> Graph:
     """The operator graph of the content of a `config.json`; `where` begins the messages of its problems."""
     return decoder_graph(decoder_from_config(data, where, name))
+
+
+def _refusal(text: str, path: Path) -> Problem | None:
+    """Why `text` names no model that can be read here, None where it may."""
+    exists = bool(text) and _exists(path)
+    kind = OTHER_KINDS.get(path.suffix.lower(), "")
+    if not exists and ":" in text:  # of `module:function` nothing is imported, not even looked for
+        kind = "a function of a Python module"
+    if kind:
+        return Problem("model", text, f"{kind} cannot be read yet; {_KINDS}")
+    return None if exists or _looks_like_path(text) else _unknown(text)
 
 
 def _looks_like_path(text: str) -> bool:
@@ -67,5 +83,5 @@ def _exists(path: Path) -> bool:
 
 def _unknown(text: str) -> Problem:
     presets = model_presets()
-    rule = "is neither a preset nor a file; give a preset's name, a config.json or the folder that holds one"
-    return Problem("model", text, f"{rule}; presets: {', '.join(presets)}", nearest_name(text, presets))
+    rule = f"is neither a preset nor a file; {_KINDS}; presets: {', '.join(presets)}"
+    return Problem("model", text or "''", rule, nearest_name(text, presets))

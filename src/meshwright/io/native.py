@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from meshwright.cluster import Cluster, cluster_problems
-from meshwright.engine import Engine
+from meshwright.engine import Engine, engine_problems
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Graph, graph_problems
 from meshwright.plan import Plan
@@ -89,7 +89,7 @@ register(Noun("graph", 1, Graph, graph_problems))
 register(Noun("cluster", 1, Cluster, cluster_problems))
 register(Noun("workload", 1, Workload, workload_problems))
 register(Noun("strategy", 1, Strategy))  # its rules need a graph and a cluster: `strategy_problems` is the caller's
-register(Noun("engine", 1, Engine))
+register(Noun("engine", 1, Engine, engine_problems))
 register(Noun("estimate", 1, Estimate))
 register(Noun("measurement", 1, Measurement))
 register(Noun("plan", 1, Plan))
@@ -183,12 +183,12 @@ def _key(key: object) -> str:
 
 def read(path: str | Path, expected: str) -> Any:
     """The record in the file at `path` (`-` is stdin), which must be of the noun named `expected`."""
-    return _from_object(read_json_object(path, f"{_article(expected)} file"), expected, _where(path))
+    return from_object(read_json_object(path, f"{_article(expected)} file"), expected, _where(path))
 
 
 def loads(text: str | bytes, expected: str, where: str = "input") -> Any:
     """The record in `text`; `where` is how errors call the place that the text came from."""
-    return _from_object(parse_json_object(text, f"{_article(expected)} file", where), expected, where)
+    return from_object(parse_json_object(text, f"{_article(expected)} file", where), expected, where)
 
 
 def read_json_object(path: str | Path, what: str) -> Json:
@@ -321,7 +321,8 @@ def _leaves(data: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
         yield path, data
 
 
-def _from_object(data: Json, expected: str, where: str) -> Any:
+def from_object(data: Json, expected: str, where: str) -> Any:
+    """The record in a JSON object that `read_json_object` gave."""
     noun = NOUNS[expected]
     version = _version(data, noun, where)
     content = {key: value for key, value in data.items() if key != "schema"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem
 from meshwright.graph import Graph
+from meshwright.io import native
 from meshwright.io.inputs import (
     NamedStrategy,
     looks_like_file,
@@ -23,13 +24,13 @@ from meshwright.workload import Workload
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The words and numbers of the command; 0 and empty where not given."""
+    """The words and numbers of the command; None, for processes 0, and empty where not given."""
 
     plan_or_model: str
     strategy: str
     nproc: int
-    global_batch: int
-    seq_len: int
+    global_batch: int | None
+    seq_len: int | None
     dtype: str
 
 
@@ -44,8 +45,6 @@ def _read_plan(text: str) -> Plan | None:
         return None
     if Path(text).is_dir():
         return None
-    from meshwright.io import native
-
     data = native.read_json_object(text, "a plan or a Hugging Face config")
     if not str(data.get("schema", "")).startswith("plan/"):
         return None
@@ -57,9 +56,14 @@ def _read_plan(text: str) -> Plan | None:
 def _from_plan(request: RunRequest, plan: Plan) -> tuple[Graph, NamedStrategy, Workload]:
     given = plan.workload
     workload = make_workload(
-        request.global_batch or given.global_batch, request.seq_len or given.seq_len, request.dtype or given.precision
+        given.global_batch if request.global_batch is None else request.global_batch,
+        given.seq_len if request.seq_len is None else request.seq_len,
+        request.dtype or given.precision,
+        "--dtype",
     )
     graph = load_model(plan.model)
+    if native.fingerprint(graph) != plan.model_hash:
+        raise InputError([Problem("model", plan.model, "is not the model that the plan was made for: plan it again")])
     named = NamedStrategy(plan.strategy, plan.shorthand or None)
     if request.strategy:
         raise InputError([Problem("STRATEGY", request.strategy, "a plan file brings its own strategy")])
@@ -78,11 +82,13 @@ def _from_model(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
             ("--global-batch", request.global_batch, "--global-batch 8"),
             ("--seq-len", request.seq_len, "--seq-len 64"),
         )
-        if not value
+        if value in (None, "")
     ]
     if missing:
         raise InputError(missing)
-    workload = make_workload(request.global_batch, request.seq_len, request.dtype or "float32")
+    assert request.global_batch is not None
+    assert request.seq_len is not None
+    workload = make_workload(request.global_batch, request.seq_len, request.dtype or "float32", "--dtype")
     graph = load_model(request.plan_or_model)
     if looks_like_file(request.strategy):
         num_devices = request.nproc or read_strategy_file(request.strategy).num_devices

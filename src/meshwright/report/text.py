@@ -54,26 +54,38 @@ def _plain_table(*columns: tuple[str, str]) -> Table:
     return table
 
 
-def ranking_table(entries: Sequence[tuple[str, Estimate]]) -> Table:
-    """The best strategies, one a row."""
-    table = _plain_table(
-        ("#", "right"), ("strategy", "left"), ("step", "right"), ("tokens/s", "right"), ("MFU", "right"),
-        ("memory", "right"), ("bubble", "right"), ("exposed", "right"),
-    )  # fmt: skip
+#: A terminal narrower than this does without the last columns of the ranking.
+WIDE_ENOUGH = 84
+
+
+def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], width: int) -> Table:
+    """The best strategies, one a row; more than one virtual stage means the interleaved schedule."""
+    numbers = ["step", "MFU", "memory", *(["bubble", "exposed"] if width >= WIDE_ENOUGH else [])]
+    table = _plain_table(("#", "right"), ("strategy", "left"), *((name, "right") for name in numbers))
+    for column in table.columns[2:]:
+        column.no_wrap = True
     for place, (shorthand, estimate) in enumerate(entries, 1):
         exposed = sum(value for name, value in estimate.time.items() if name.startswith("exposed"))
-        table.add_row(
-            str(place),
-            shorthand_text(shorthand),
+        values = (
             format_seconds(estimate.step_time_s),
-            format_count(estimate.tokens_per_s),
             f"{estimate.mfu:.1%}",
             format_bytes(estimate.peak_memory_bytes),
             f"{estimate.bubble_fraction:.1%}",
             f"{exposed / estimate.step_time_s:.1%}",
-            style="bold" if place == 1 else "",
         )
+        row = values[: len(numbers)]
+        table.add_row(str(place), ranked_text(shorthand), *row, style="bold" if place == 1 else "")
     return table
+
+
+def ranked_text(shorthand: Shorthand) -> str:
+    """A shorthand in few characters: no defaults, no schedule that follows from the virtual stages.
+
+    >>> ranked_text(Shorthand(tp=8, pp=2, vpp=3, schedule="Interleaved1F1B", sp=1))
+    'tp=8 pp=2 vpp=3 sp=1'
+    """
+    parts = shorthand_text(str(shorthand)).split(",")
+    return " ".join(part for part in parts if part != "schedule=Interleaved1F1B" or shorthand.vpp == 1)
 
 
 def ledger(title: str, entries: Mapping[str, float], total: float, unit: str, capacity: float | None = None) -> Table:

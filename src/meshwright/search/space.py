@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.errors import Problem
+from meshwright.errors import Problem, nearest_name
 from meshwright.graph import Graph
 from meshwright.schedule import SCHEDULES, interleaved_legal
 from meshwright.sharding import AxisRule
@@ -23,6 +23,7 @@ from meshwright.strategy import (
     Recompute,
     Shorthand,
     divisors,
+    position_problems,
     replicates_kv,
     split_problems,
     tensor_axes,
@@ -111,6 +112,8 @@ class UniformSpace:
 
     def parts(self) -> Iterator[Part]:
         """All members but for ZeRO level and recomputation, which combine freely with them (see `state_levels`)."""
+        if position_problems(self.graph, self.workload):
+            return
         for replicate_kv, sequence_parallel in product((False, True), repeat=2):
             if not self.limits.allows("sp", int(sequence_parallel)):
                 continue
@@ -184,6 +187,12 @@ def shorthand_at(columns: Mapping[str, Any], row: int) -> Shorthand:
 
 
 def limit_problems(given: Mapping[str, Any], option: str) -> list[Problem]:
-    """Keys that cannot be limited: the space has none of them."""
+    """Keys that cannot be limited: the space has only their defaults, or their values have no order."""
     known = [item.name for item in fields(Shorthand) if item.name in KEYS]
-    return [Problem(option, key, f"the uniform space varies {', '.join(known)}") for key in given if key not in known]
+    rule = f"the uniform space varies {', '.join(known)}"
+    others = [key for key in given if key not in known and given[key] != getattr(Shorthand(), key)]
+    problems = [Problem(option, f"{key}={given[key]}", rule, nearest_name(key, known)) for key in others]
+    if option == "--max" and "schedule" in given:
+        fixed = f"schedule={given['schedule']}"
+        problems.append(Problem(option, fixed, "schedules have no order", f"--fix {fixed}"))
+    return problems

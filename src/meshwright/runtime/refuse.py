@@ -1,0 +1,69 @@
+"""What cannot be run here, said before anything starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+from meshwright.errors import Problem
+from meshwright.graph import Graph, Role
+from meshwright.runtime.kernels import ACTIVATIONS, KERNELS, ROTARY_SCALINGS
+from meshwright.runtime.pipeline import is_dealt_in_order
+from meshwright.runtime.train import DTYPES
+from meshwright.strategy import Strategy, strategy_problems
+from meshwright.workload import Workload, workload_problems
+
+#: More processes than this on one machine are taken for a slip of the finger.
+MAX_PROCESSES = 64
+
+
+def run_problems(graph: Graph, strategy: Strategy, workload: Workload) -> list[Problem]:
+    """Every reason why a strategy cannot be run here: the rules of strategies, and what execution lacks."""
+    problems = workload_problems(workload)
+    if not problems:
+        problems += strategy_problems(strategy, graph, strategy.num_devices, workload)
+    if strategy.num_devices > MAX_PROCESSES:
+        rule = f"at most {MAX_PROCESSES} processes run on one machine"
+        problems.append(Problem("devices", str(strategy.num_devices), rule, str(MAX_PROCESSES)))
+    if workload.precision not in DTYPES and not problems:
+        problems.append(Problem("precision", workload.precision, f"runs on CPU: {', '.join(DTYPES)}", "bfloat16"))
+    problems += dict.fromkeys(_graph_problems(graph))
+    return problems + list(_strategy_problems(graph, strategy)) if not problems else problems
+
+
+def _graph_problems(graph: Graph) -> Iterator[Problem]:
+    ends = (graph.block[graph.sequence[0]], graph.block[graph.sequence[-1]])
+    inputs = [{tensor.name for tensor in block.tensors if tensor.role is Role.INPUT} for block in ends]
+    if inputs != [{"tokens"}, {"labels"}] or "loss" not in ends[1].tensor or "vocab" not in graph.dims:
+        rule = "is run from a first block that takes tokens to a last one that takes labels and gives a loss"
+        yield Problem("model", graph.name, rule)
+    for block in graph.blocks:
+        for operator in block.operators:
+            where = f"model: {block.name}.{operator.name}"
+            scaling = str(operator.attributes.get("scaling", ""))
+            function = str(operator.attributes.get("function", "silu"))
+            if operator.kind not in KERNELS:
+                yield Problem(where, operator.kind, f"operators that can be run: {', '.join(KERNELS)}")
+            elif operator.kind == "rotary" and scaling and json.loads(scaling)["rope_type"] not in ROTARY_SCALINGS:
+                yield Problem(where, scaling, f"rotary scalings that can be run: {', '.join(sorted(ROTARY_SCALINGS))}")
+            elif function not in ACTIVATIONS:
+                yield Problem(where, function, f"activations that can be run: {', '.join(ACTIVATIONS)}")
+
+
+def _strategy_problems(graph: Graph, strategy: Strategy) -> Iterator[Problem]:
+    if strategy.virtual_stages > 1 and not is_dealt_in_order(strategy):
+        ranks = [stage.pipeline_rank for stage in strategy.stages]
+        rule = "with several stages a rank, stage i lies on pipeline rank i modulo their number"
+        yield Problem("stages", str(ranks), rule)
+    if strategy.state.parameter > strategy.state.gradient or strategy.state.gradient > strategy.state.optimizer:
+        rule = "what rests sharded is updated sharded: parameter needs gradient, gradient needs optimizer"
+        yield Problem("state", str(strategy.state), rule)
+    layouts = strategy.layouts(graph)
+    for pair in graph.tied:
+        places = [layouts[block].made[tensor] for block, tensor in (path.split("/") for path in pair)]
+        if places[0] != places[1]:
+            yield Problem("splits", " and ".join(pair), "are one tensor and must be split alike")
+    for index, stage in enumerate(strategy.stages):
+        starts = [(part.start, part.stop) for part in stage.blocks]
+        if any(before[1] != after[0] for before, after in zip(starts, starts[1:], strict=False)) or not starts:
+            yield Problem(f"stages[{index}].blocks", str(starts), "a stage that runs is a contiguous run of blocks")
