@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Outcome, meshwright
 
+from helpers import Outcome, meshwright
 from meshwright.search.space import KEYS
 
 SMALL = ("llama-tiny", "local-cpux8", "--global-batch", 16, "--seq-len", 64)
@@ -106,7 +106,8 @@ def values_of(shorthand: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "fixed", ["tp=4", "pp=2,schedule=GPipe", "vpp=2", "mbs=2,zero=2", "recompute=full", "sp=0,tp=2", "cp=2", "tp=2,ep=1"]
+    "fixed",
+    ["tp=4", "pp=2,schedule=GPipe", "vpp=2", "mbs=2,zero=2", "recompute=full", "sp=0,tp=2", "cp=2", "tp=2,ep=1"],
 )
 def test_fix_is_respected(fixed: str) -> None:
     found = planned("--fix", fixed, inputs=SMALL).json

@@ -21,7 +21,7 @@ import meshwright
 from meshwright.cluster import preset_cluster
 from meshwright.cost.analytic import estimate
 from meshwright.cost.block import kept_bytes, price_block
-from meshwright.cost.step import machine_of
+from meshwright.cost.layouts import machine_of
 from meshwright.engine import load_engine
 from meshwright.graph import Block, Graph, Operator, Role, Segment, Tensor, graph_problems
 from meshwright.io.decoder import Decoder, Layer, Norm, Rotary, decoder_graph

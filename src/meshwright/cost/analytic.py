@@ -8,18 +8,10 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.block import StatePrice
-from meshwright.cost.step import (
-    MEMORY_RESERVE,
-    Family,
-    PricedLayouts,
-    StepColumns,
-    evaluate,
-    machine_of,
-    price_layouts,
-    price_states,
-    rank_table,
-    state_bytes,
-)
+from meshwright.cost.layouts import PricedLayouts, machine_of, price_layouts, price_states, state_bytes
+from meshwright.cost.memory import MEMORY_RESERVE
+from meshwright.cost.stages import Family, rank_table
+from meshwright.cost.step import StepColumns, evaluate
 from meshwright.engine import Engine
 from meshwright.graph import Graph
 from meshwright.results import Estimate

@@ -14,7 +14,8 @@ import numpy as np
 from meshwright.cluster import Cluster
 from meshwright.cost.analytic import estimate_of, single_strategy
 from meshwright.cost.block import attributed, kept_names, price_transfer
-from meshwright.cost.step import PricedLayouts, rank_table, state_bytes
+from meshwright.cost.layouts import PricedLayouts, state_bytes
+from meshwright.cost.stages import rank_table
 from meshwright.engine import Engine
 from meshwright.graph import Block, Graph
 from meshwright.results import Estimate

@@ -11,135 +11,31 @@ its gradients, updated and gathered its parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from meshwright.cluster import Cluster
 from meshwright.cost.block import (
-    BlockPrice,
-    Machine,
     StatePrice,
     attributed,
     exposed_seconds,
-    price_block,
-    price_state,
     price_step,
 )
 from meshwright.cost.comm import point_to_point_time
-from meshwright.cost.compute import device_rates
+from meshwright.cost.layouts import PricedLayouts, state_bytes, state_shards
+from meshwright.cost.memory import memory_ledger, tied_numel
 from meshwright.cost.pipeline import pipeline_time
+from meshwright.cost.stages import Family, RankTable, Rows
 from meshwright.engine import Engine
 from meshwright.graph import Graph, operator_flops
-from meshwright.schedule import peak_in_flight
-from meshwright.sharding import BlockLayout, StatePlacement, group_size, local_numel
-from meshwright.strategy import Recompute, Stage, degree_of, root_axis
+from meshwright.sharding import group_size
+from meshwright.strategy import Recompute, root_axis
 from meshwright.workload import Workload
-
-#: Share of a device's memory that a plan leaves free: allocators round, fragment and need room to move.
-MEMORY_RESERVE = 0.06  # [derived] published runs within 6 % of the card were slowed by allocator retries
-
-#: Blocks whose parameters are gathered at once under ZeRO-3: the one in use and the one fetched ahead.
-GATHERED_BLOCKS = 2  # [spec: FSDP2's default prefetch]
 
 #: The update reads and writes each state once, reads the gradient and writes the parameter.
 UPDATE_PASSES = 2  # [derived]
-
-
-@dataclass(frozen=True)
-class RankTable:
-    """What each kind of pipeline rank holds: blocks by kind, its first rank, and how many ranks are like it.
-
-    Leading shape: T tables; `counts_TKB` block instances, `first_TK`, `ranks_TK` (0: padding)."""
-
-    blocks: tuple[str, ...]
-    counts_TKB: np.ndarray[Any, Any]
-    first_TK: np.ndarray[Any, Any]
-    ranks_TK: np.ndarray[Any, Any]
-
-
-def rank_table(graph: Graph, stage_lists: Sequence[Sequence[Stage]]) -> RankTable:
-    """The table of each list of stages, equal ranks folded; entries are padded to the longest."""
-    names = tuple(block.name for block in graph.blocks)
-    folded = [_fold(graph, names, stages) for stages in stage_lists]
-    width = max(len(rows) for rows in folded)
-    counts = np.zeros((len(folded), width, len(names)), dtype=np.int64)
-    first, ranks = np.zeros((2, len(folded), width), dtype=np.int64)
-    for table, rows in enumerate(folded):
-        for kind, (row, members) in enumerate(rows.items()):
-            counts[table, kind], first[table, kind], ranks[table, kind] = row, members[0], len(members)
-    return RankTable(names, counts, first, ranks)
-
-
-def _fold(graph: Graph, names: Sequence[str], stages: Sequence[Stage]) -> dict[tuple[int, ...], list[int]]:
-    held: dict[int, list[int]] = {}
-    for stage in stages:
-        row = held.setdefault(stage.pipeline_rank, [0] * len(names))
-        for part in stage.blocks:
-            for name in graph.sequence[part.start : part.stop]:
-                row[names.index(name)] += 1
-    folded: dict[tuple[int, ...], list[int]] = {}
-    for rank in sorted(held):
-        folded.setdefault(tuple(held[rank]), []).append(rank)
-    return folded
-
-
-@dataclass(frozen=True)
-class PricedLayouts:
-    """Every block priced under one set of splits, for U layouts."""
-
-    graph: Graph
-    workload: Workload
-    machine: Machine
-    layouts: Mapping[str, BlockLayout]
-    degrees: Mapping[str, Any]
-    microbatch: Any
-    blocks: Mapping[str, BlockPrice]
-
-    def sizes(self) -> dict[str, Any]:
-        """Sizes of all dims, the batch being a microbatch of all data-parallel ranks together."""
-        return self.graph.sizes(self.microbatch * degree_of("dp", self.degrees), self.workload.seq_len)
-
-
-def machine_of(cluster: Cluster, engine: Engine, precision: str) -> Machine:
-    """What pricing needs of a cluster and an engine."""
-    return Machine(device_rates(cluster.slowest_device, precision), cluster.hierarchy(), engine)
-
-
-def price_layouts(
-    graph: Graph,
-    layouts: Mapping[str, BlockLayout],
-    degrees: Mapping[str, Any],
-    microbatch: Any,
-    machine: Machine,
-    workload: Workload,
-) -> PricedLayouts:
-    """Price all blocks; `degrees` of all mesh axes outermost first and `microbatch`, as columns of length U."""
-    priced = PricedLayouts(graph, workload, machine, layouts, degrees, microbatch, {})
-    sizes = priced.sizes()
-    blocks = {name: price_block(layout, sizes, degrees, machine, workload) for name, layout in layouts.items()}
-    return replace(priced, blocks=blocks)
-
-
-def price_states(priced: PricedLayouts, state: StatePlacement) -> dict[str, StatePrice]:
-    """The training state of all blocks under one placement."""
-    sizes = priced.sizes()
-    return {name: price_state(layout, state, sizes, priced.degrees) for name, layout in priced.layouts.items()}
-
-
-@dataclass(frozen=True)
-class Family:
-    """R strategies that differ in numbers alone. `layout_R` and `table_R` point into the layouts and rank tables."""
-
-    state: StatePlacement
-    schedule: str
-    recompute: Mapping[str, Recompute]
-    layout_R: Any
-    table_R: Any
-    num_virtual_R: Any
-    num_microbatches_R: Any
 
 
 @dataclass(frozen=True)
@@ -243,36 +139,12 @@ def block_passes(
     return forward, Pass(backward_s, again_s, exposed, launch)
 
 
-# --- bytes of state ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes per parameter of each kind of training state."""
-
-    parameter: float
-    gradient: float
-    optimizer: float
-
-
-def state_bytes(engine: Engine, workload: Workload) -> StateBytes:
-    """What an engine keeps per parameter: Adam's two moments, and a float32 master copy of 16-bit parameters."""
-    size = workload.bytes_of("compute")
-    master = engine.master_weights and size < 4
-    moment = 4 if engine.master_weights else size
-    return StateBytes(
-        parameter=size,
-        gradient=workload.bytes_of(engine.gradient_dtype) if size < 4 else size,
-        optimizer=2 * max(moment, 4 if master else 0) + (4 if master else 0),
-    )
-
-
 # --- composition ---------------------------------------------------------------------------------------------------
 
 
 def evaluate(priced: PricedLayouts, states: Mapping[str, StatePrice], tables: RankTable, family: Family) -> StepColumns:
     """Price every strategy of a family."""
-    rows = _Rows(tables, family, priced)
+    rows = Rows(tables, family, priced)
     passes = {name: block_passes(priced, states, name, family.recompute[name]) for name in tables.blocks}
     forward_RK = rows.add({name: forward.total for name, (forward, _) in passes.items()})
     backward_RK = rows.add({name: backward.total for name, (_, backward) in passes.items()})
@@ -291,7 +163,7 @@ def evaluate(priced: PricedLayouts, states: Mapping[str, StatePrice], tables: Ra
         time[cause] = time.get(cause, 0.0) + seconds_R
     time["constant"] = np.full_like(pipeline_s, priced.machine.engine.step_constant_s)
     step_s = sum(time.values())
-    memory_RK = _memory(priced, states, rows, family)
+    memory_RK = memory_ledger(priced, states, rows, family)
     peak_RK = sum(memory_RK.values())
     worst_R = peak_RK.argmax(axis=1)
     mfu, hfu = _utilisation(priced, family, step_s)
@@ -309,44 +181,7 @@ def evaluate(priced: PricedLayouts, states: Mapping[str, StatePrice], tables: Ra
     )
 
 
-class _Rows:
-    """Sums block columns (U) over the blocks that each kind of rank holds (R x K)."""
-
-    def __init__(self, tables: RankTable, family: Family, priced: PricedLayouts) -> None:
-        self.blocks = tables.blocks
-        self.counts_RKB = tables.counts_TKB[family.table_R]
-        self.first_RK = tables.first_TK[family.table_R]
-        self.ranks_RK = tables.ranks_TK[family.table_R]
-        self.layout_R = family.layout_R
-        self.num_layouts = len(np.atleast_1d(priced.microbatch))
-
-    def column(self, values_U: Any) -> Any:
-        """A layout column as a strategy column."""
-        return np.broadcast_to(np.asarray(values_U, dtype=float), (self.num_layouts,))[self.layout_R]
-
-    def add(self, values_U: Mapping[str, Any]) -> Any:
-        """Sum over the blocks of each rank."""
-        total = np.zeros(self.ranks_RK.shape)
-        for index, name in enumerate(self.blocks):
-            if name in values_U:
-                total += self.counts_RKB[:, :, index] * self.column(values_U[name])[:, None]
-        return total
-
-    def largest(self, values_U: Mapping[str, Any]) -> Any:
-        """The largest over the kinds of blocks of each rank."""
-        best = np.zeros(self.ranks_RK.shape)
-        for index, name in enumerate(self.blocks):
-            held = self.counts_RKB[:, :, index] > 0
-            best = np.maximum(best, np.where(held, self.column(values_U[name])[:, None], 0.0))
-        return best
-
-    @staticmethod
-    def pick(values_RK: Any, kind_R: Any) -> Any:
-        """The value of one kind of rank per strategy."""
-        return values_RK[np.arange(len(kind_R)), kind_R]
-
-
-def _messages(priced: PricedLayouts, rows: _Rows, family: Family) -> tuple[Any, Any]:
+def _messages(priced: PricedLayouts, rows: Rows, family: Family) -> tuple[Any, Any]:
     """Exposed seconds, forward or backward, of one microbatch's messages between stages, per rank, and the bytes of
     one message: one a chunk. What lies replicated is sent in slices by an engine that gathers it on the other side."""
     pipelined = np.asarray(priced.degrees.get("pp", 1)) > 1
@@ -361,7 +196,7 @@ def _messages(priced: PricedLayouts, rows: _Rows, family: Family) -> tuple[Any, 
     return chunks_RK * rows.column(share * took_s)[:, None], rows.column(size * pipelined)
 
 
-def _message_seconds(priced: PricedLayouts, rows: _Rows, size_RK: Any) -> Any:
+def _message_seconds(priced: PricedLayouts, rows: Rows, size_RK: Any) -> Any:
     """Seconds of a message of each rank to another pipeline rank."""
     others = [axis for axis in priced.degrees if axis != "pp"]
     stride = rows.column(group_size(others, priced.degrees))[:, None]
@@ -371,7 +206,7 @@ def _message_seconds(priced: PricedLayouts, rows: _Rows, size_RK: Any) -> Any:
 def _step_end(
     priced: PricedLayouts,
     states: Mapping[str, StatePrice],
-    rows: _Rows,
+    rows: Rows,
     family: Family,
     forward_RK: Any,
     backward_RK: Any,
@@ -394,7 +229,7 @@ def _step_end(
                 booked = rows.column(share)[:, None] * hidden
                 exposed[f"exposed_{root}"] = exposed.get(f"exposed_{root}", 0.0) + booked
             window_RK = np.maximum(window_RK - took_RK, 0.0)
-    shared_RK, single_RK = _tied_numel(priced, rows)
+    shared_RK, single_RK = tied_numel(priced, rows)
     if single_RK.any():
         # Both ends of a tied pair exchange their gradients and go on with the sum.
         tied_s = _message_seconds(priced, rows, single_RK * bytes_.gradient)
@@ -407,13 +242,8 @@ def _step_end(
     return {cause: rows.pick(seconds_RK, last_R) for cause, seconds_RK in exposed.items()}
 
 
-def state_shards(priced: PricedLayouts, state: StatePlacement) -> Any:
-    """Into how many pieces training state is cut where it is cut."""
-    return group_size(state.axes, priced.degrees)
-
-
 def _time_ledger(
-    passes: Mapping[str, tuple[Pass, Pass]], rows: _Rows, slowest_R: Any, message_s: Any, family: Family
+    passes: Mapping[str, tuple[Pass, Pass]], rows: Rows, slowest_R: Any, message_s: Any, family: Family
 ) -> dict[str, Any]:
     """Seconds of all microbatches on the slowest rank, by cause."""
 
@@ -430,74 +260,6 @@ def _time_ledger(
         time[f"exposed_{root}"] = summed(exposed)
     time["exposed_pp"] = 2 * family.num_microbatches_R * rows.pick(message_s, slowest_R)
     return time
-
-
-def _memory(priced: PricedLayouts, states: Mapping[str, StatePrice], rows: _Rows, family: Family) -> dict[str, Any]:
-    """Bytes on each kind of rank, by category."""
-    bytes_ = state_bytes(priced.machine.engine, priced.workload)
-    numel_RK = rows.add({name: state.numel for name, state in states.items()}) - _tied_numel(priced, rows)[0]
-    shards_RK = rows.column(state_shards(priced, family.state))[:, None]
-    state = family.state
-    in_flight_RK = _in_flight(rows, family)
-    kept = {name: block.kept_bytes[family.recompute[name]] for name, block in priced.blocks.items()}
-    last = priced.graph.sequence[-1]
-    head = {last} if priced.graph.counts[last] == 1 else set()  # of equal blocks all the way through none is a head
-    body_RK = rows.add({name: value for name, value in kept.items() if name not in head})
-    every = family.num_microbatches_R[:, None] if family.schedule == "GPipe" else 1
-    activations = in_flight_RK * body_RK / family.num_virtual_R[:, None] + every * rows.add(
-        {name: kept[name] for name in head}
-    )
-    redone = {
-        name: block.kept_bytes[Recompute.NONE] - block.kept_bytes[family.recompute[name]]
-        for name, block in priced.blocks.items()
-    }
-    working = {name: _working_bytes(priced, name) for name in priced.blocks}
-    block_numel_RK = rows.largest({name: found.numel for name, found in states.items()})
-    gathered = GATHERED_BLOCKS * bytes_.parameter * state.parameter + bytes_.gradient * state.gradient
-    return {
-        "parameters": bytes_.parameter * numel_RK / (shards_RK if state.parameter else 1),
-        "gradients": bytes_.gradient * numel_RK / (shards_RK if state.gradient else 1),
-        "optimizer": bytes_.optimizer * numel_RK / (shards_RK if state.optimizer else 1),
-        "activations": activations,
-        "recompute_buffer": rows.largest(redone),
-        "working_set": rows.largest(working),
-        "gathered_state": gathered * block_numel_RK * (shards_RK > 1),
-        "reserved": priced.machine.engine.reserved_bytes * (rows.ranks_RK > 0),
-    }
-
-
-def _in_flight(rows: _Rows, family: Family) -> Any:
-    """Forwards of a chunk whose backward has not ended, at most, on the first rank of each kind."""
-    num_ranks_R = rows.ranks_RK.sum(axis=1)
-    return peak_in_flight(
-        family.schedule,
-        num_ranks_R[:, None],
-        family.num_virtual_R[:, None],
-        family.num_microbatches_R[:, None],
-        np.minimum(rows.first_RK, num_ranks_R[:, None] - 1),
-    )
-
-
-def _working_bytes(priced: PricedLayouts, name: str) -> Any:
-    """The operands of a block's largest operator, whose gradients exist while it runs backward."""
-    return np.maximum.reduce([np.asarray(price.bytes, dtype=float) for price in priced.blocks[name].operators])
-
-
-def _tied_numel(priced: PricedLayouts, rows: _Rows) -> tuple[Any, Any]:
-    """Elements of tied pairs: on ranks that hold both ends (counted twice there), on ranks that hold one."""
-    shared, single = np.zeros(rows.ranks_RK.shape), np.zeros(rows.ranks_RK.shape)
-    for pair in priced.graph.tied:
-        ends = [rows.counts_RKB[:, :, rows.blocks.index(end.split("/")[0])] > 0 for end in pair]
-        numel = rows.column(_parameter_numel(priced, pair[1]))[:, None]
-        shared += (ends[0] & ends[1]) * numel
-        single += (ends[0] ^ ends[1]) * numel
-    return shared, single
-
-
-def _parameter_numel(priced: PricedLayouts, path: str) -> Any:
-    block, _, name = path.partition("/")
-    layout = priced.layouts[block]
-    return local_numel(layout.block.tensor[name].dims, layout.made[name], priced.sizes(), priced.degrees)
 
 
 def _utilisation(priced: PricedLayouts, family: Family, step_s: Any) -> tuple[Any, Any]:
@@ -523,7 +285,7 @@ def recomputed_flops(graph: Graph, workload: Workload, recompute: Mapping[str, R
 
 
 def _communication(
-    priced: PricedLayouts, states: Mapping[str, StatePrice], rows: _Rows, family: Family, message_bytes_R: Any
+    priced: PricedLayouts, states: Mapping[str, StatePrice], rows: Rows, family: Family, message_bytes_R: Any
 ) -> dict[str, Any]:
     """Bytes that the busiest rank sends per step, by mesh axis (see `attributed` for joint collectives)."""
     bytes_ = state_bytes(priced.machine.engine, priced.workload)
@@ -552,6 +314,6 @@ def _communication(
     columns = {axis: value.max(axis=1) for axis, value in sent.items()}
     pp_R = rows.ranks_RK.sum(axis=1)
     per_microbatch_R = np.where(pp_R > 1, 2 * family.num_virtual_R - (pp_R == 2), 0)
-    tied_R = _tied_numel(priced, rows)[1].max(axis=1) * bytes_.gradient
+    tied_R = tied_numel(priced, rows)[1].max(axis=1) * bytes_.gradient
     columns["pp"] = per_microbatch_R * family.num_microbatches_R * message_bytes_R + tied_R
     return columns

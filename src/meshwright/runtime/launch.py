@@ -161,9 +161,7 @@ def _measurement(job: Job, reports: Sequence[RankReport], expected: tuple[float,
     )
 
 
-def _check(
-    job: Job, reports: Sequence[RankReport], losses: tuple[float, ...], expected: tuple[float, ...]
-) -> Check:
+def _check(job: Job, reports: Sequence[RankReport], losses: tuple[float, ...], expected: tuple[float, ...]) -> Check:
     differences = [difference for report in reports for difference in report.differences]
     pairs = zip(losses, expected, strict=True)
     return Check(

@@ -7,11 +7,10 @@ instance of a block with the parameters it borrows from the training state; a `S
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -253,13 +252,3 @@ class StageModule(nn.Module):
 def input_names(graph: Graph, block: str) -> tuple[str, ...]:
     """The inputs of the model that a block takes itself."""
     return tuple(tensor.name for tensor in graph.block[block].tensors if tensor.role is Role.INPUT)
-
-
-def stage_logits(blocks: Sequence[BlockModule], inputs: Mapping[str, Tensor], name: str = "logits") -> Tensor:
-    """The tensor `name` of the last block, for a model that is whole on this rank (under its local placement)."""
-    results: tuple[Tensor, ...] = ()
-    for block in blocks[:-1]:
-        results = block(results, inputs)
-    return blocks[-1](results, inputs, keep=(name,))[-1]  # type: ignore[no-any-return]
-
-

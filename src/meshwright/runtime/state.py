@@ -251,6 +251,4 @@ class TrainingState:
 
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """The optimizer of every run; its decay is 0 so that padding stays 0 and tests see gradients alone."""
-    return torch.optim.AdamW(
-        list(parameters), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False
-    )
+    return torch.optim.AdamW(list(parameters), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, foreach=False)

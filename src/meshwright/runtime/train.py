@@ -324,6 +324,15 @@ class Rank:
         axes = self.layouts.loss_axes
         return float(all_reduce(loss, self.mesh.group(axes)) if self.mesh.degree(axes) > 1 else loss)
 
+    def logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The last block's `logits` of a batch, of a model that is whole on this rank."""
+        assert self.job.strategy.num_devices == 1, "a rank with a part of the model has a part of the logits"
+        results: tuple[Tensor, ...] = ()
+        blocks = [block for _, stage in sorted(self.stages.items()) for block in stage.blocks]
+        for block in blocks[:-1]:
+            results = block(results, inputs)
+        return blocks[-1](results, inputs, keep=("logits",))[-1]  # type: ignore[no-any-return]
+
     def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gradient of every parameter on this rank's stages, whole; all ranks of the stages must ask together."""
         for group in self.state.groups:

@@ -11,16 +11,9 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.analytic import usable_memory
-from meshwright.cost.step import (
-    Family,
-    PricedLayouts,
-    RankTable,
-    evaluate,
-    machine_of,
-    price_layouts,
-    price_states,
-    rank_table,
-)
+from meshwright.cost.layouts import PricedLayouts, machine_of, price_layouts, price_states
+from meshwright.cost.stages import Family, RankTable, rank_table
+from meshwright.cost.step import evaluate
 from meshwright.engine import Engine
 from meshwright.graph import Graph
 from meshwright.search.space import KEYS, RECOMPUTES, SCHEDULE_NAMES, Columns, Part, UniformSpace, shorthand_at
