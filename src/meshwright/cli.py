@@ -476,6 +476,9 @@ def explain(
         console.print(comparison_table((names[0], names[1]), found.estimate, compared))
         faster = names[0] if found.estimate.step_time_s <= compared.step_time_s else names[1]
         console.print(f"{faster} takes less time.")
+        for name, each in zip(names, (found.estimate, compared), strict=True):
+            for reason in each.reasons:
+                console.print(f"{name} does not fit: {reason}", style="red", markup=False)
         return
     console.print(leaf_tree(found.time))
     console.print(leaf_tree(found.memory))

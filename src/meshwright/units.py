@@ -45,3 +45,15 @@ def format_count(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:,.1f} {unit}"
     return f"{count:,.0f}"
+
+
+def format_flops(flops: float) -> str:
+    """Floating-point operations as a person reads them.
+
+    >>> format_flops(481.0e9)
+    '481.0 GFLOP'
+    """
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if abs(flops) >= size:
+            return f"{flops / size:,.1f} {unit}FLOP"
+    return f"{flops:,.0f} FLOP"

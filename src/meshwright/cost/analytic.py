@@ -8,6 +8,7 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.block import StatePrice
+from meshwright.cost.compute import precision_assumptions
 from meshwright.cost.layouts import PricedLayouts, machine_of, price_layouts, price_states, state_bytes
 from meshwright.cost.memory import MEMORY_RESERVE
 from meshwright.cost.stages import Family, rank_table
@@ -69,6 +70,7 @@ def estimate_of(columns: StepColumns, row: int, cluster: Cluster, workload: Work
         bubble_fraction=number(columns.bubble_fraction),
         communication={axis: number(column) for axis, column in columns.communication.items()},
         tokens_per_s=workload.tokens / step_s,
+        assumptions=precision_assumptions(cluster.slowest_device, workload.precision),
     )
 
 

@@ -64,6 +64,14 @@ def device_rates(device: Device, precision: str) -> DeviceRates:
     )
 
 
+def precision_assumptions(device: Device, precision: str) -> tuple[str, ...]:
+    """What `device_rates` assumed where the device's file has no peak for a precision."""
+    if precision in device.peak_flops:
+        return ()
+    peak = device_rates(device, precision).peak_flops
+    return (f"{device.name} states no peak for {precision}: taken as {peak / 1e12:.4g} TFLOP/s, that of another type",)
+
+
 @dataclass(frozen=True)
 class OperatorPrice:
     """One operator on one rank: FLOPs of its forward, and seconds of its forward and backward, split by what bounds

@@ -21,7 +21,7 @@ from meshwright.graph import Block, Graph
 from meshwright.results import Estimate
 from meshwright.sharding import BlockLayout, Phase, Placements, local_numel, local_size
 from meshwright.strategy import Recompute, Strategy, root_axis
-from meshwright.units import format_bytes, format_count
+from meshwright.units import format_bytes, format_count, format_flops
 from meshwright.workload import Workload
 
 
@@ -138,7 +138,7 @@ def _compute_leaves(context: _Context) -> Iterator[Leaf]:
                 operator.math_s + operator.memory_s,
                 operator.math_backward_s + operator.memory_backward_s,
             )
-            note = f"{format_count(_scalar(operator.flops))}FLOP, " if _scalar(operator.flops) else ""
+            note = f"{format_flops(_scalar(operator.flops))}, " if _scalar(operator.flops) else ""
             leaves.append(
                 Leaf(
                     operator.name,

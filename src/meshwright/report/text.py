@@ -128,6 +128,7 @@ def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Gr
         text = ", ".join(f"{axis} {format_bytes(value)}" for axis, value in sent.items())
         parts.append(Text.assemble(("sent per rank and step: ", "dim"), text))
     parts += [Text(reason, style="red") for reason in estimate.reasons]
+    parts += [Text(f"assumed: {assumption}", style="dim") for assumption in estimate.assumptions]
     return Group(*parts)
 
 

@@ -341,11 +341,23 @@ class Rank:
                 yield member.name, carry_out(view, member.dims, self.layouts.sizes, together, self.mesh)
 
 
-def run_rank(job: Job, rank: int, reference: Path | None = None, save_gradients: bool = False) -> RankReport:
-    """All steps of one rank, and one more for its memory.
+@dataclass(frozen=True)
+class RankWork:
+    """What a process of a run does: all steps, and one more for its memory.
 
-    `reference` is a folder: gradients are saved there, or compared with those saved there.
+    `gradients` is a folder where the gradients of each step are saved, or lie saved to be compared with.
     """
+
+    job: Job
+    gradients: Path | None = None
+    save: bool = False
+
+    def __call__(self, rank: int, size: int) -> RankReport:
+        return run_rank(self.job, rank, self.gradients, self.save)
+
+
+def run_rank(job: Job, rank: int, gradients: Path | None = None, save: bool = False) -> RankReport:
+    """All steps of one rank of a job; see `RankWork`."""
     me = Rank(job, rank)
     losses, times_s, differences = [], [], []
     for index in range(job.steps):
@@ -354,10 +366,10 @@ def run_rank(job: Job, rank: int, reference: Path | None = None, save_gradients:
         start_s = time.perf_counter()
         losses.append(me.compute_gradients(inputs))
         reduced_s = time.perf_counter()
-        if reference is not None and save_gradients:
-            torch.save(dict(me.whole_gradients()), reference / f"{index}.pt")
-        elif reference is not None:
-            differences += _compare(me, torch.load(reference / f"{index}.pt", mmap=True), index)
+        if gradients is not None and save:
+            torch.save(dict(me.whole_gradients()), gradients / f"{index}.pt")
+        elif gradients is not None:
+            differences += _compare(me, torch.load(gradients / f"{index}.pt", mmap=True), index)
         resumed_s = time.perf_counter()
         me.state.step()
         times_s.append(reduced_s - start_s + time.perf_counter() - resumed_s)

@@ -1,6 +1,6 @@
-"""The process that holds the ranks of runs: `python -m meshwright.runtime.worker FOLDER`, started by `launch`.
+"""The process that holds the ranks: `python -m meshwright.runtime.worker FOLDER`, started by `ranks`.
 
-It imports PyTorch once, then forks the ranks of one job after the other, each job with a rendezvous of its own, and
+It imports PyTorch once, then forks the ranks of one order after the other, each order with a rendezvous of its own, and
 watches them. A rank that dies ends the others and is named in `failure.json`. Whoever waits for this process can kill
 its whole process group; should that one vanish, the system ends this process and its ranks.
 """
@@ -22,51 +22,48 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meshwright.runtime.train import Job, run_rank
+from meshwright.runtime.ranks import Order
 
 #: Seconds that the other ranks get to say why they died before the first guess is believed.
 GRACE_S = 2.0
 
 
 def main(folder: Path) -> int:
-    """Run the jobs that lie pickled in `folder`, in order; reports and logs go to a folder per job."""
+    """Carry out the orders that lie pickled in `folder`; results and logs go to a folder per order."""
     _die_with_parent()
-    jobs: list[tuple[Job, str, str | None, bool]] = pickle.loads((folder / "jobs.pickle").read_bytes())
-    for index, (job, name, reference, save_gradients) in enumerate(jobs):
-        place = folder / name
+    orders: list[Order] = pickle.loads((folder / "orders.pickle").read_bytes())
+    for index, order in enumerate(orders):
+        place = folder / str(index)
         place.mkdir()
-        if reference is not None:
-            (folder / reference).mkdir(exist_ok=True)
-        failure = run_ranks(job, place, folder / reference if reference is not None else None, save_gradients)
+        failure = run_ranks(order, place)
         if failure is not None:
-            (folder / "failure.json").write_text(json.dumps({"job": index, **failure}))
+            (folder / "failure.json").write_text(json.dumps({"order": index, **failure}))
             return 1
     return 0
 
 
-def run_ranks(job: Job, place: Path, reference: Path | None, save_gradients: bool) -> dict[str, object] | None:
-    """Fork all ranks of a job and wait for them; what went wrong, or None."""
-    size = job.strategy.num_devices
-    threads = max(1, len(os.sched_getaffinity(0)) // size)
+def run_ranks(order: Order, place: Path) -> dict[str, object] | None:
+    """Fork all ranks of an order and wait for them; what went wrong, or None."""
+    threads = max(1, len(os.sched_getaffinity(0)) // order.size)
 
     def rank_main(rank: int) -> None:
         torch.set_num_threads(threads)
-        store = dist.FileStore(str(place / "rendezvous"), size)
-        timeout = timedelta(seconds=job.timeout_s)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
-        report = run_rank(job, rank, reference, save_gradients)
-        (place / f"{rank}.pickle").write_bytes(pickle.dumps(report))
+        store = dist.FileStore(str(place / "rendezvous"), order.size)
+        timeout = timedelta(seconds=order.timeout_s)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=order.size, timeout=timeout)
+        result = order.work(rank, order.size)
+        (place / f"{rank}.pickle").write_bytes(pickle.dumps(result))
         dist.barrier()  # without it some ranks abort: peers are still reading when the first closes its connections
         dist.destroy_process_group()
 
-    ranks = {_fork(lambda rank=rank: rank_main(rank), place / f"{rank}.log"): rank for rank in range(size)}
+    ranks = {}
+    for rank in range(order.size):
+        ranks[_fork(lambda rank=rank: rank_main(rank), place / f"{rank}.log")] = rank
     return _watch(ranks, place)
 
 
 def _fork(work: Callable[[], None], log: Path) -> int:
     """A child that does `work`, writes what it prints to `log`, and never returns here."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     parent = os.getpid()
     if child := os.fork():
         return child
@@ -100,8 +97,6 @@ def _watch(ranks: dict[int, int], place: Path) -> dict[str, object] | None:
         elif time.monotonic() > deadline_s:
             for other in running:
                 os.kill(other, signal.SIGKILL)
-            ends |= {running[other]: 0 for other in running}
-            for other in list(running):
                 os.waitpid(other, 0)
             running.clear()
         else:
