@@ -10,6 +10,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,8 +18,8 @@ import torch.nn.functional as F
 
 from meshwright.cluster import Cluster, Device, DeviceGroup, Level, LinkKind, Quantity
 from meshwright.errors import InputError, Problem
-from meshwright.runtime.refuse import MAX_PROCESSES
 from meshwright.runtime.ranks import on_ranks
+from meshwright.runtime.refuse import MAX_PROCESSES
 
 MATMUL_SIZE = 768
 COPY_BYTES = 64 * 2**20
@@ -39,7 +40,7 @@ def calibrate_local(num_processes: int = 2) -> Cluster:
     found = on_ranks(num_processes, measure)
     cores = len(os.sched_getaffinity(0))
     threads = max(1, cores // num_processes)
-    here = f"{platform.machine()}, {num_processes} processes of {threads} threads on {cores} cores, torch {torch.__version__}"
+    here = f"{platform.machine()}, {num_processes} ranks x {threads} threads, {cores} cores, torch {torch.__version__}"
 
     def slowest(name: str, what: str) -> Quantity:
         return Quantity(min(rank[name] for rank in found), f"[measured] {what}; {here}")
@@ -61,20 +62,15 @@ def calibrate_local(num_processes: int = 2) -> Cluster:
             "memory": Quantity(1.0, "[derived] the bandwidth of this file is a measured copy"),
         },
     )
-    levels = ()
     if num_processes > 1:
-        levels = (
-            Level(
-                name="gloo-loopback",
-                group_size=num_processes,
-                bandwidth_Bps=slowest("link_Bps", "Gloo all-reduce of 8 MiB, bytes sent per rank"),
-                latency_s=Quantity(
-                    max(rank["latency_s"] for rank in found), f"[measured] half a Gloo all-reduce of one number; {here}"
-                ),
-                kind=LinkKind.SHARED_MEMORY,
-            ),
-        )
-    return Cluster("local-cpu", (DeviceGroup(device, num_processes),), levels)
+        bandwidth = slowest("link_Bps", "Gloo all-reduce of 8 MiB, bytes sent per rank")
+        latency_s = max(rank["latency_s"] for rank in found)
+        latency = Quantity(latency_s, f"[measured] half a Gloo all-reduce of one number; {here}")
+    else:  # a cluster has at least one level; over one rank nothing is sent
+        bandwidth = Quantity(device.memory_bandwidth_Bps.value, "[derived] the copy bandwidth: one rank has no link")
+        latency = Quantity(0.0, "[derived] one rank has no link")
+    level = Level("gloo-loopback", num_processes, bandwidth, latency, LinkKind.SHARED_MEMORY)
+    return Cluster("local-cpu", (DeviceGroup(device, num_processes),), (level,))
 
 
 def measure(rank: int, size: int) -> dict[str, float]:
@@ -82,7 +78,7 @@ def measure(rank: int, size: int) -> dict[str, float]:
     found = {}
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         a, b = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE).to(dtype)
-        found[str(dtype).removeprefix("torch.")] = 2 * MATMUL_SIZE**3 / _median_s(lambda a=a, b=b: a @ b)
+        found[str(dtype).removeprefix("torch.")] = 2 * MATMUL_SIZE**3 / _median_s(partial(torch.matmul, a, b))
     q, k, v = torch.randn(3, 1, 8, 512, 64)
     square = 2 * 2 * 8 * 512**2 * 64  # two products with the full square, as `graph.operator_flops` counts
     attention_s = _median_s(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True))

@@ -36,7 +36,7 @@ class Data:
         else:
             tokens = open_tokens(self.path)
             start = step * batch * seq
-            run = torch.from_numpy(np.asarray(tokens[start : start + batch * seq + 1], dtype=np.int64))
+            run = torch.from_numpy(np.array(tokens[start : start + batch * seq + 1], dtype=np.int64))
             rows = run.unfold(0, seq + 1, seq)
         return {"tokens": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
 

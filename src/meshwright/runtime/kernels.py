@@ -16,6 +16,7 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -214,8 +215,8 @@ ROTARY_SCALINGS = frozenset({"default", "linear", "llama3"})
 
 def _frequencies(theta: float, size: int, scaling: str) -> Tensor:
     """Turns per token of each pair; in float32, as in transformers, whatever the operands are."""
-    frequencies = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
-    rule = json.loads(scaling) if scaling else {"rope_type": "default"}
+    frequencies = 1.0 / (float(theta) ** (torch.arange(0, size, 2, dtype=torch.float32) / size))
+    rule: dict[str, Any] = json.loads(scaling) if scaling else {"rope_type": "default"}
     if rule["rope_type"] == "linear":
         return frequencies / rule["factor"]
     if rule["rope_type"] != "llama3":

@@ -26,7 +26,8 @@ class _Ledger(TorchDispatchMode):
     def __init__(self, alive: Iterator[Tensor]) -> None:
         super().__init__()
         self.bytes_by_storage: dict[int, int] = {}
-        self.current = self.peak = 0
+        self.current: int = 0
+        self.peak: int = 0
         for tensor in alive:
             self.count(tensor)
 
@@ -64,4 +65,4 @@ def peak_bytes(step: Callable[[], object]) -> int:
     gc.collect()
     with _Ledger(live_tensors()) as ledger:
         step()
-    return ledger.peak
+    return int(ledger.peak)

@@ -64,7 +64,7 @@ class Mesh:
         return self.groups[self.ordered(axes)]
 
     def extent(self, size: int, axes: Iterable[str], coordinates: Mapping[str, int] | None = None) -> Extent:
-        """Start and stop of the piece of a dim of `size` that this rank (or another place) has where `axes` split it."""
+        """Start and stop of the piece of a dim of `size` that this rank (or another place) has, `axes` splitting it."""
         place = self.coordinates if coordinates is None else coordinates
         start, stop = 0, size
         for axis in self.axes:

@@ -1,8 +1,9 @@
 """Forward and backward of all microbatches of a step, in the order of the strategy's schedule.
 
-Across ranks this is `torch.distributed.pipelining` as it is: `ScheduleGPipe`, `Schedule1F1B`, `ScheduleInterleaved1F1B`,
-and where a class refuses (1F1B with fewer microbatches than stages) or stages are dealt to ranks in another order than
-its own, our table of actions on the library's runtime for tables. On one rank the same table is walked here.
+Across ranks this is `torch.distributed.pipelining` as it is: `ScheduleGPipe`, `Schedule1F1B`,
+`ScheduleInterleaved1F1B`, and where a class refuses (1F1B with fewer microbatches than stages) or stages are dealt to
+ranks in another order than its own, our table of actions on the library's runtime for tables. On one rank the same
+table is walked here.
 Boundary tensors are local pieces of known shape, so the library need not run the model to learn their shapes.
 """
 
@@ -31,7 +32,7 @@ class Walk(Protocol):
 
 
 def strategy_table(strategy: Strategy, num_microbatches: int) -> Table:
-    """The actions of each pipeline rank; where stages lie in another order than the schedule's, its rows are dealt so."""
+    """The actions of each pipeline rank; where stages lie in another order than the schedule's, so do its rows."""
     table = actions(strategy.schedule, strategy.pipeline_size, strategy.virtual_stages, num_microbatches)
     rows: dict[int, tuple[Action, ...]] = {strategy.stages[row[0].stage].pipeline_rank: row for row in table}
     return tuple(rows[rank] for rank in range(strategy.pipeline_size))

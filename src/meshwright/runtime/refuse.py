@@ -28,7 +28,7 @@ def run_problems(graph: Graph, strategy: Strategy, workload: Workload) -> list[P
     if workload.precision not in DTYPES and not problems:
         problems.append(Problem("precision", workload.precision, f"runs on CPU: {', '.join(DTYPES)}", "bfloat16"))
     problems += dict.fromkeys(_graph_problems(graph))
-    return problems + list(_strategy_problems(graph, strategy)) if not problems else problems
+    return problems or list(_strategy_problems(graph, strategy))
 
 
 def _graph_problems(graph: Graph) -> Iterator[Problem]:
@@ -63,7 +63,9 @@ def _strategy_problems(graph: Graph, strategy: Strategy) -> Iterator[Problem]:
         places = [layouts[block].made[tensor] for block, tensor in (path.split("/") for path in pair)]
         if places[0] != places[1]:
             yield Problem("splits", " and ".join(pair), "are one tensor and must be split alike")
-    for index, stage in enumerate(strategy.stages):
-        starts = [(part.start, part.stop) for part in stage.blocks]
-        if any(before[1] != after[0] for before, after in zip(starts, starts[1:], strict=False)) or not starts:
-            yield Problem(f"stages[{index}].blocks", str(starts), "a stage that runs is a contiguous run of blocks")
+    passed = [
+        position for stage in strategy.stages for part in stage.blocks for position in range(part.start, part.stop)
+    ]
+    if passed != sorted(passed) or not all(stage.blocks for stage in strategy.stages):
+        rule = "stages that run hold blocks in the model's order, at least one each"
+        yield Problem("stages", f"blocks {passed}", rule)

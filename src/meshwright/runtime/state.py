@@ -75,7 +75,7 @@ def state_routes(partial: Sequence[str], state: StatePlacement, mesh: Mesh) -> S
 
 
 class FlatGroup:
-    """A flat run of parameters and its state. `leaf` is what autograd differentiates, `update` what the optimizer has."""
+    """A flat run of parameters and its state. `leaf` is what autograd differentiates, `update` what is optimized."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class Parameters:
 
     def use(self) -> Mapping[str, Tensor]:
         """The parameters, whole along the state axes; their gradients find their way back."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for group, names in self.names:
             whole, gathered = group.gather(), _Gathered(group)
             if group.whole is None:

@@ -146,13 +146,13 @@ class Layouts:
             found |= plan.groups
         for instance in parameter_instances(self.job.graph):
             found |= state_routes(self.partial(instance), self.strategy.state, self.mesh).groups
-            found |= {axes for axes in route(self.stored(instance), {}, self.mesh).groups}
+            found |= set(route(self.stored(instance), {}, self.mesh).groups)
         for before, after in zip(self.job.graph.sequence, self.job.graph.sequence[1:], strict=False):
             made = self.by_block[after].made
             handed = zip(self.by_block[before].boundary, self.job.graph.block[after].inputs, strict=True)
             for (_, source), name in handed:
-                found |= {axes for axes in route(source, made[name], self.mesh).groups}
-                found |= {axes for axes in route(made[name], source, self.mesh).groups}
+                found |= set(route(source, made[name], self.mesh).groups)
+                found |= set(route(made[name], source, self.mesh).groups)
         return found - {()}
 
 
@@ -331,7 +331,7 @@ class Rank:
         blocks = [block for _, stage in sorted(self.stages.items()) for block in stage.blocks]
         for block in blocks[:-1]:
             results = block(results, inputs)
-        return blocks[-1](results, inputs, keep=("logits",))[-1]  # type: ignore[no-any-return]
+        return blocks[-1](results, inputs, keep=("logits",))[-1]
 
     def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """The gradient of every parameter on this rank's stages, whole; all ranks of the stages must ask together."""
@@ -359,7 +359,9 @@ class RankWork:
 def run_rank(job: Job, rank: int, gradients: Path | None = None, save: bool = False) -> RankReport:
     """All steps of one rank of a job; see `RankWork`."""
     me = Rank(job, rank)
-    losses, times_s, differences = [], [], []
+    losses: list[float] = []
+    times_s: list[float] = []
+    differences: list[GradientDifference] = []
     for index in range(job.steps):
         inputs = me.data.inputs(index)
         dist.barrier()

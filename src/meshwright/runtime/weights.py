@@ -73,7 +73,7 @@ def local_piece(whole: Tensor, dims: tuple[str, ...], stored: Placements, mesh: 
 
 # --- from transformers ----------------------------------------------------------------------------------------------
 
-#: Our tensor names and theirs; `{}` is the layer. A third entry says how theirs is stored: `t` transposed, `q k v` fused.
+#: Our tensor names and theirs; `{}` is the layer, `:1` the second third of a tensor that holds q, k and v.
 _LLAMA = {
     "embedding/token.weight": "model.embed_tokens.weight",
     "layer/norm1.weight": "model.layers.{}.input_layernorm.weight",

@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -56,9 +57,7 @@ def run_ranks(order: Order, place: Path) -> dict[str, object] | None:
         dist.barrier()  # without it some ranks abort: peers are still reading when the first closes its connections
         dist.destroy_process_group()
 
-    ranks = {}
-    for rank in range(order.size):
-        ranks[_fork(lambda rank=rank: rank_main(rank), place / f"{rank}.log")] = rank
+    ranks = {_fork(partial(rank_main, rank), place / f"{rank}.log"): rank for rank in range(order.size)}
     return _watch(ranks, place)
 
 
