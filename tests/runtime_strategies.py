@@ -42,6 +42,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
         "pp=2,tp=2,dp=2,zero=1,sp=1,mbs=2",
         "pp=2,tp=2,dp=2,zero=3,recompute=full,mbs=2",
         "dp=4,dp_shard=2,tp=2,zero=3,sp=1,mbs=2",
+        "dp=2,cp=2,tp=2,zero=1,sp=1,mbs=4",  # state sharded over data and context
     ),
     "qwen2-tiny": (
         "tp=2,dp=2,zero=2,mbs=2",
@@ -87,13 +88,15 @@ def sampled(seed: int, count: int) -> list[tuple[str, Shorthand]]:
     while len(found) < count:
         name = generator.choice(list(PRODUCTS))
         tp, pp, dp = (generator.choice((1, 1, 2, 4)) for _ in range(3))
+        cp = generator.choice((1, 1, 1, 2))
         vpp = generator.choice((1, 2)) if pp > 1 else 1
         zero = generator.choice((0, 1, 2, 3))
         candidate = Shorthand(
             tp=tp,
             pp=pp,
             dp=dp,
-            mbs=generator.choice((1, 2, 4)),
+            cp=cp,
+            mbs=generator.choice((2, 4)),
             vpp=vpp,
             schedule="Interleaved1F1B" if vpp > 1 else generator.choice(("GPipe", "1F1B")),
             zero=zero,

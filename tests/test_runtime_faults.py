@@ -143,7 +143,7 @@ def long_run() -> Iterator[tuple[threading.Thread, list[BaseException]]]:
         except RunError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     yield thread, errors
     thread.join(30)
@@ -182,12 +182,13 @@ def test_an_error_on_a_rank_is_told_in_its_words() -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_nothing_outlives_whoever_started_it(how: signal.Signals) -> None:
+def test_nothing_outlives_whoever_started_it(how: signal.Signals, tmp_path: Path) -> None:
     code = (
         "from runtime_strategies import job; from meshwright.runtime.launch import run_many;"
         "from dataclasses import replace; run_many([replace(job('llama-tiny', 'dp=2', steps=10_000), check=False)])"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(tmp_path)}  # who is killed leaves its folder behind
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.PIPE) as starter:
         ranks = wait_for_ranks(starter.pid, 2)
         starter.send_signal(how)

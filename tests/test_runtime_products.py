@@ -1,8 +1,8 @@
 """Every product of strategies trains as one device does: three steps in float64, every loss and every gradient.
 
 A model's strategies run out of one worker process, since starting PyTorch costs more than the steps. Of the library's
-silent errors (tied embeddings that come apart, gradients of head norms that nobody sums, experts of one stage that see
-the gradients of another) those that concern us are strategies here: `qwen2-tiny` is tied, `uneven` has head norms.
+silent errors those that concern us are strategies here: tied embeddings that come apart (`qwen2-tiny` is tied) and
+gradients of head norms that nobody sums (`uneven` has them, under tensor parallelism).
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def by_hand() -> list[Strategy]:
     stages = (Stage(1, (BlockRange(0, 1),)), Stage(0, (BlockRange(1, 4), BlockRange(4, 6))))
     tensor = expand(parse_shorthand("tp=2,mbs=2"), graph)
     layer: dict[str, dict[str, str]] = {name: {} for name in tensor.splits["layer"]}
-    layer |= dict.fromkeys(("gate", "up", "activation"), {"tp": "ffn"})
-    layer |= dict.fromkeys(("down", "norm1", "x"), {"tp": "seq"})
+    layer |= {name: {"tp": "ffn"} for name in ("gate", "up", "activation")}
+    layer |= {name: {"tp": "seq"} for name in ("down", "norm1", "x")}
     return [replace(pipelined, stages=stages), replace(tensor, splits={**tensor.splits, "layer": layer})]
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -26,6 +27,7 @@ class Mesh:
 
     axes: tuple[MeshAxis, ...]
     rank: int
+    timeout_s: float = 120.0
     groups: dict[tuple[str, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
@@ -57,7 +59,12 @@ class Mesh:
         """Make one process group per set of axes; every rank must ask for the same sets."""
         for axes in sorted({self.ordered(axes) for axes in wanted}):
             if self.degree(axes) > 1 and axes not in self.groups:
-                self.groups[axes] = dist.new_group(self.members(axes), use_local_synchronization=True)
+                self.groups[axes] = self.new_group(self.members(axes))
+
+    def new_group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """A group of any ranks, this one among them, all of which ask for it; it waits no longer than the others do."""
+        timeout = timedelta(seconds=self.timeout_s)  # not inherited from the world's group: PyTorch's default is 30 min
+        return dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
 
     def group(self, axes: Iterable[str]) -> dist.ProcessGroup:
         """The process group over `axes`."""

@@ -219,7 +219,7 @@ def _ties(layouts: Layouts, groups: Sequence[FlatGroup]) -> Iterator[Tie]:
         if len(pipeline_ranks) > 1 and mine:
             assert len(mine) == 1, f"{name} has three copies"
             everyone = layouts.mesh.members((PIPELINE,))
-            peers = dist.new_group([everyone[rank] for rank in sorted(pipeline_ranks)], use_local_synchronization=True)
+            peers = layouts.mesh.new_group([everyone[rank] for rank in sorted(pipeline_ranks)])
             yield Tie(mine[0], None, peers)
         elif len(mine) > 1:
             yield Tie(mine[0], mine[1], None)
@@ -296,7 +296,7 @@ class Rank:
 
     def __init__(self, job: Job, rank: int, source: Source | None = None) -> None:
         dtype = DTYPES[job.workload.precision]
-        self.job, self.mesh = job, Mesh(job.strategy.mesh, rank)
+        self.job, self.mesh = job, Mesh(job.strategy.mesh, rank, job.timeout_s)
         self.layouts = Layouts(job, self.mesh)
         self.mesh.form_groups(self.layouts.groups())
         self.state, parameters = build_state(self.layouts, source or drawn(job.seed), dtype)
