@@ -544,6 +544,29 @@ def _run_json(named: NamedStrategy, measured: Measurement, predicted: Estimate |
     return values
 
 
+# --- validate ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def validate(
+    runs: Annotated[str, typer.Argument(metavar="RUNS.csv", help="Measured runs, one a row.")],
+    as_json: AsJson = False,
+) -> None:
+    """Predict measured runs and compare: errors of step time and memory, and how well runs are ranked, by source."""
+    from meshwright.bench.validate import to_json, validate_runs
+
+    with _progress("predicting runs", quiet=as_json):
+        found = validate_runs(runs)
+    if as_json:
+        _print_json("validate/1", to_json(found))
+    else:
+        from meshwright.report.validation import validation_view
+
+        _console().print(validation_view(found))
+    if not found.rows:
+        raise typer.Exit(2)
+
+
 # --- presets, calibrate, schema ------------------------------------------------------------------------------------
 
 

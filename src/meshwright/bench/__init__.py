@@ -1,0 +1,1 @@
+"""Tables and comparisons: predictions held against measured runs."""
