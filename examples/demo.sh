@@ -14,7 +14,7 @@ say meshwright explain llama-3-70b dgx-h100x8 "$out/70b.json" --global-batch 256
 echo
 echo "== 2. Measure this machine, and plan a small Llama for 4 of its processes =="
 say meshwright calibrate local --nproc 4 --out "$out/this-machine.json"
-batch=(--global-batch 8 --seq-len 128 --precision float32)
+batch=(--global-batch 8 --seq-len 64 --precision float32)
 say meshwright plan llama-20m "$out/this-machine.json" "${batch[@]}" --top 3 --out "$out/best.json"
 say meshwright plan llama-20m "$out/this-machine.json" "${batch[@]}" --top 1 --fix tp=2,pp=2 --out "$out/other.json"
 

@@ -382,7 +382,7 @@ def test_progress_is_on_stderr_and_only_where_someone_watches() -> None:
     assert meshwright("plan", *SMALL, "--json", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).err == ""
 
 
-COMMANDS = ("plan", "estimate", "explain", "run", "presets", "schema", "calibrate local")
+COMMANDS = ("plan", "estimate", "explain", "run", "validate", "presets", "schema", "calibrate local")
 
 
 def options_of(command: str) -> list[str]:
