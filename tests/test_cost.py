@@ -511,3 +511,20 @@ def _dims(graph: Graph, block: str, name: str) -> list[str]:
     if name not in operators:
         return ["seq"]
     return [dim for dim in ("kv_heads", "ffn", "vocab", "seq") if operators[name].splittable(dim)]
+
+
+def test_blocks_that_hand_over_under_another_placement_pay_for_the_move() -> None:
+    """Layers that take x sharded along the sequence behind blocks that leave it whole, tp=2, in float32. Forward: the
+    boundary is cut for nothing, and x is gathered for norm1 and the residual (one move). Backward: x, kept in shards,
+    is gathered once more; its gradient is cut for nothing, and gathered for the block before."""
+    graph = load_model("llama-tiny")  # hidden 64
+    workload = Workload(8, 32, "float32")
+    engine, cluster = load_engine("unknown"), preset_cluster("dgx-h100x1")
+    plain = expand(parse_shorthand("tp=2,dp=4"), graph)
+    layer = {name: dict(split) for name, split in plain.splits["layer"].items()}
+    layer["x"] |= {"tp": "seq"}
+    odd = dataclasses.replace(plain, splits={**plain.splits, "layer": layer})
+    sent = [estimate(graph, cluster, one, workload, engine).communication["tp"] for one in (plain, odd)]
+    gathered = 0.5 * 32 * 64 * 4  # half of 1 x 32 x 64 numbers
+    turns = 2  # 8 sequences over dp=4, one each
+    assert sent[1] - sent[0] == pytest.approx(4 * turns * 3 * gathered)

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from meshwright.cluster import Cluster
-from meshwright.cost.block import BlockPrice, Machine, StatePrice, price_block, price_state
+from meshwright.cost.block import (
+    BlockPrice,
+    Communication,
+    Machine,
+    StatePrice,
+    price_block,
+    price_state,
+    price_step,
+)
 from meshwright.cost.compute import device_rates
 from meshwright.engine import Engine
-from meshwright.graph import Graph
-from meshwright.sharding import BlockLayout, StatePlacement, group_size
+from meshwright.graph import Graph, Tensor
+from meshwright.sharding import (
+    BlockLayout,
+    StatePlacement,
+    Step,
+    group_size,
+    local_numel,
+    redistribution,
+    wanted_gradient,
+)
 from meshwright.strategy import degree_of
 from meshwright.workload import Workload
 
@@ -50,7 +68,40 @@ def price_layouts(
     priced = PricedLayouts(graph, workload, machine, layouts, degrees, microbatch, {})
     sizes = priced.sizes()
     blocks = {name: price_block(layout, sizes, degrees, machine, workload) for name, layout in layouts.items()}
+    return _with_handovers(replace(priced, blocks=blocks))
+
+
+def _with_handovers(priced: PricedLayouts) -> PricedLayouts:
+    """Where a block takes its input under another placement than the block before leaves it, the block pays for the
+    move, both ways; spread over its instances where only some of them stand behind such a block."""
+    graph, blocks = priced.graph, dict(priced.blocks)
+    for (before, after), count in Counter(pairwise(graph.sequence)).items():
+        share = count / graph.counts[after]
+        handed = zip(priced.layouts[before].boundary, graph.block[after].inputs, strict=True)
+        for (name, source), taken in handed:
+            target = priced.layouts[after].made[taken]
+            tensor = graph.block[before].tensor[name]
+            back = redistribution(wanted_gradient(target), wanted_gradient(source))
+            block = blocks[after]
+            blocks[after] = replace(
+                block,
+                forward=_moved(priced, block.forward, tensor, redistribution(source, target), share),
+                backward=_moved(priced, block.backward, tensor, back, share),
+            )
     return replace(priced, blocks=blocks)
+
+
+def _moved(
+    priced: PricedLayouts, known: Communication, tensor: Tensor, steps: Sequence[Step], share: float
+) -> Communication:
+    bytes_, seconds = dict(known.bytes), dict(known.seconds)
+    for step in steps:
+        numel = local_numel(tensor.dims, step.larger, priced.sizes(), priced.degrees)
+        size = numel * priced.workload.bytes_of(tensor.dtype)
+        sent, took_s = price_step(step, size, priced.degrees, priced.machine)
+        bytes_[step.axes] = bytes_.get(step.axes, 0.0) + share * sent
+        seconds[step.axes] = seconds.get(step.axes, 0.0) + share * took_s
+    return Communication(bytes_, seconds)
 
 
 def price_states(priced: PricedLayouts, state: StatePlacement) -> dict[str, StatePrice]:
