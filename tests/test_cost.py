@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, preset_cluster
 from meshwright.cost.analytic import estimate
+from meshwright.cost.block import price_block
 from meshwright.cost.comm import collective_time, mesh_group, point_to_point_time
+from meshwright.cost.layouts import machine_of
 from meshwright.cost.pipeline import pipeline_time
 from meshwright.engine import engine_names, load_engine
 from meshwright.graph import Graph, Segment
@@ -528,3 +530,21 @@ def test_blocks_that_hand_over_under_another_placement_pay_for_the_move() -> Non
     gathered = 0.5 * 32 * 64 * 4  # half of 1 x 32 x 64 numbers
     turns = 2  # 8 sequences over dp=4, one each
     assert sent[1] - sent[0] == pytest.approx(4 * turns * 3 * gathered)
+
+
+def test_heads_of_an_odd_size_slow_down_unfused_attention_alone() -> None:
+    """BLOOM's trials: heads of 150 (not a multiple of 8) ran their batched products at a fraction of the rate."""
+    base = load_model("megatron-22b")  # 64 heads of 96, unfused
+    odd = dataclasses.replace(base, dims={**base.dims, "head_dim": 97})
+    rates = {}
+    for graph in (base, odd):
+        layout = expand(parse_shorthand("tp=8"), graph).layouts(graph)["layer"]
+        degrees, sizes = {"tp": 8}, graph.sizes(1, 2048)
+        machine = machine_of(preset_cluster("dgx-a100x1"), load_engine("megatron-lm"), "float16")
+        prices = price_block(layout, sizes, degrees, machine, Workload(1, 2048, "float16")).operators
+        for price in prices:
+            if price.name in ("scores", "context", "q"):
+                rates[graph is odd, price.name] = price.flops / price.math_s
+    assert rates[True, "scores"] < 0.5 * rates[False, "scores"]
+    assert rates[True, "context"] < 0.5 * rates[False, "context"]
+    assert rates[True, "q"] == pytest.approx(rates[False, "q"], rel=0.05)

@@ -27,6 +27,11 @@ HALF_RATE_DEPTH = 110.0  # [fit: measured_runs.csv]
 BATCHED_HALF_RATE_DEPTH = 64.0  # [fit: measured_runs.csv]
 BATCHED_RATE = 0.67  # [fit: measured_runs.csv] .58 over .865 on A100
 
+#: Rate of a batched product that has a matrix dim which is no multiple of 8, over that of one that has none: tensor
+#: cores want 16 bytes (heads of 108 or 150 numbers in published runs).
+ALIGNMENT = 8
+UNALIGNED_RATE = 0.08  # [fit: measured_runs.csv]
+
 #: Time of the backward over the forward: two products for one; fused attention recomputes its scores (2.5 products
 #: at .69 of the forward's rate); memory-bound operators read two operands where they read one.
 CONTRACTION_BACKWARD = 2.0  # [derived]
@@ -147,4 +152,15 @@ def contraction_rate(block: Block, operator: Operator, local: Mapping[str, Any],
     depth = math.prod(local[dim] for dim in product if dim in operator.contracted)
     if any(block.tensor[name].role is Role.PARAMETER for name in operator.inputs):
         return rates.matmul_flops * depth / (depth + HALF_RATE_DEPTH)
-    return rates.matmul_flops * BATCHED_RATE * depth / (depth + BATCHED_HALF_RATE_DEPTH)
+    unaligned = sum(size % ALIGNMENT != 0 for size in _matrix_sizes(operator, local)) > 0
+    aligned_rate = rates.matmul_flops * BATCHED_RATE * depth / (depth + BATCHED_HALF_RATE_DEPTH)
+    return np.where(unaligned, UNALIGNED_RATE, 1.0) * aligned_rate
+
+
+def _matrix_sizes(operator: Operator, local: Mapping[str, Any]) -> list[Any]:
+    """Rows, columns and depth of a batched product: dims that one operand alone has, and those that are contracted."""
+    found = [operator.contracted]
+    for dims in operator.input_dims:
+        others = {dim for other in operator.input_dims if other is not dims for dim in other}
+        found.append(frozenset(dims) - others - operator.contracted)
+    return [math.prod(local[dim] for dim in sorted(dims)) for dims in found if dims]
