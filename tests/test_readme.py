@@ -55,3 +55,17 @@ def test_accuracy_table(size: str) -> None:
             "--seq-len", "2048", "--engine", "megatron-lm", "--precision", "float16", "--json",
         )  # fmt: skip
         assert f"{outcome.json['step_time_s']:.2f}" == words[1], (size, extra)
+
+
+def test_errors_on_published_runs() -> None:
+    runs = Path(__file__).parent.parent / "../shared/data/measured_runs.csv"
+    if not runs.exists():
+        pytest.skip(f"{runs} is not here")
+    found = meshwright("validate", runs, "--json").json
+    text = README.replace("\n", " ")
+    errors = [f"{group['median_ape_pct']:.1f}, {group['mape_pct']:.1f}" for group in found["groups"]]
+    assert len(errors) == 13
+    for pair in errors:
+        assert pair in text
+    infeasible = sum(not row["feasible"] for row in found["rows"])
+    assert f"({infeasible} of the {len(found['rows']):,} that ran" in text

@@ -456,24 +456,44 @@ class StateTransfers:
     step_parameter: tuple[Step, ...]
 
 
-def state_transfers(stored: Placements, partial: Sequence[str], state: StatePlacement) -> StateTransfers:
-    """The redistributions of one parameter and its gradient that follow from where its state lies.
+@dataclass(frozen=True)
+class StateLayout:
+    """Where one parameter's training state lies: in computation, at rest, its gradient as it comes from a backward and
+    as it is accumulated, and the update."""
 
-    `stored` is the parameter's placement in computation, `partial` the axes over which its gradient is a sum. The
-    gradient is accumulated as it comes, or sharded at the end of each microbatch's backward where it rests sharded;
-    the update needs it as the optimizer's state lies; the new parameter goes back to where parameters rest.
-    """
+    whole: Placements
+    at_rest: Placements
+    gradient: Placements
+    resting: Placements
+    update: Placements
+
+
+def state_layout(stored: Placements, partial: Sequence[str], state: StatePlacement) -> StateLayout:
+    """The placements of a parameter `stored` so in computation, whose gradient is a sum over the axes `partial`."""
     shards: dict[str, Placement] = {axis: Shard(FLAT) for axis in state.axes}
     whole = dict(stored)
     gradient: Placements = {**whole, **dict.fromkeys(partial, PARTIAL)}
-    resting: Placements = {**gradient, **shards} if state.gradient else gradient
-    update: Placements = {**whole, **shards} if state.optimizer else whole
-    at_rest: Placements = {**whole, **shards} if state.parameter else whole
+    return StateLayout(
+        whole=whole,
+        at_rest={**whole, **shards} if state.parameter else whole,
+        gradient=gradient,
+        resting={**gradient, **shards} if state.gradient else gradient,
+        update={**whole, **shards} if state.optimizer else whole,
+    )
+
+
+def state_transfers(stored: Placements, partial: Sequence[str], state: StatePlacement) -> StateTransfers:
+    """The redistributions of one parameter and its gradient that follow from where its state lies.
+
+    The gradient is accumulated as it comes, or sharded at the end of each microbatch's backward where it rests
+    sharded; the update needs it as the optimizer's state lies; the new parameter goes back to where parameters rest.
+    """
+    lies = state_layout(stored, partial, state)
     return StateTransfers(
-        each_use=redistribution(at_rest, whole),
-        each_backward=redistribution(gradient, resting),
-        step_gradient=redistribution(resting, update),
-        step_parameter=redistribution(update, at_rest),
+        each_use=redistribution(lies.at_rest, lies.whole),
+        each_backward=redistribution(lies.gradient, lies.resting),
+        step_gradient=redistribution(lies.resting, lies.update),
+        step_parameter=redistribution(lies.update, lies.at_rest),
     )
 
 

@@ -295,12 +295,17 @@ def layers_per_stage(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def uniform_stages(graph: Graph, pipeline_size: int, virtual_stages: int) -> tuple[Stage, ...]:
-    """Contiguous stages by `layers_per_stage`; the embedding joins the first and the head the last."""
-    num_stages = pipeline_size * virtual_stages
+def blocks_per_stage(graph: Graph, num_stages: int) -> list[int]:
+    """Layers by `layers_per_stage`; the embedding joins the first stage and the head the last."""
     counts = list(layers_per_stage(graph.num_layers, num_stages))
     counts[0] += 1
     counts[-1] += 1
+    return counts
+
+
+def uniform_stages(graph: Graph, pipeline_size: int, virtual_stages: int) -> tuple[Stage, ...]:
+    """Contiguous stages of `blocks_per_stage`, dealt to the pipeline ranks in turn."""
+    counts = blocks_per_stage(graph, pipeline_size * virtual_stages)
     stages, start = [], 0
     for index, count in enumerate(counts):
         stages.append(Stage(index % pipeline_size, (BlockRange(start, start + count),)))

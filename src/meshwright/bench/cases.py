@@ -44,8 +44,8 @@ from meshwright.strategy import (
     Shorthand,
     Stage,
     Strategy,
+    blocks_per_stage,
     expand,
-    layers_per_stage,
     nearest_divisor,
     strategy_problems,
 )
@@ -316,19 +316,12 @@ def _strategy(shorthand: Shorthand, graph: Graph, habits: EngineDefaults) -> Str
     if shorthand.pp == 1 and shorthand.vpp > 1:
         shorthand = replace(shorthand, vpp=1)
     num_stages = shorthand.pp * shorthand.vpp
-    counts = _even_counts(graph, num_stages)
+    counts = blocks_per_stage(graph, num_stages)
     if habits.stages == "cost" and num_stages > 1:
         counts = _counts_by_cost(graph, num_stages)
     # One rank's stages first: `expand` cannot spread blocks over more stages than there are.
     strategy = expand(replace(shorthand, vpp=1, schedule="1F1B"), graph)
     return replace(strategy, stages=_stages(counts, shorthand.pp), schedule=shorthand.schedule)
-
-
-def _even_counts(graph: Graph, num_stages: int) -> list[int]:
-    counts = list(layers_per_stage(graph.num_layers, num_stages))
-    counts[0] += 1
-    counts[-1] += 1
-    return counts
 
 
 def _counts_by_cost(graph: Graph, num_stages: int) -> list[int]:

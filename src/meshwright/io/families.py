@@ -29,6 +29,7 @@ from meshwright.io.config import (
 )
 from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary
 from meshwright.registry import Registry
+from meshwright.strategy import nearest_divisor
 
 #: Kinds of rotary scaling, and the keys that each needs beside it.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -62,7 +63,9 @@ def _heads(c: Config, hidden: int, *, kv_default: int = 0, head_dim: int = 0, ow
     kv_heads = c.size(key, default=(kv_default if absent and kv_default else heads))
     if heads and kv_heads and heads % kv_heads:
         said = " (the default of this family)" if c.data.get(key) is None else ""
-        c.problem(key, kv_heads, f"must divide {c.key(*HEADS_KEYS)} = {heads}{said}", _nearest_divisor(heads, kv_heads))
+        c.problem(
+            key, kv_heads, f"must divide {c.key(*HEADS_KEYS)} = {heads}{said}", str(nearest_divisor(heads, kv_heads))
+        )
     if own_head_dim and (c.data.get("head_dim") is not None or head_dim):
         width = c.size("head_dim", default=head_dim)
     else:
@@ -73,13 +76,6 @@ def _heads(c: Config, hidden: int, *, kv_default: int = 0, head_dim: int = 0, ow
             rule += ", or head_dim be given" if own_head_dim else ""
             c.problem(c.key(*HIDDEN_KEYS), hidden, rule, f"{hidden // heads * heads or above} or {above}")
     return _Heads(kv_heads, heads // kv_heads if kv_heads else 0, width)
-
-
-def _nearest_divisor(whole: int, wanted: int) -> str:
-    divisors = {
-        d for low in range(1, math.isqrt(min(whole, 10**10)) + 1) if whole % low == 0 for d in (low, whole // low)
-    }
-    return str(min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor)))
 
 
 def _standard(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from meshwright.runtime.collectives import Route, all_reduce, carry_out, route
 from meshwright.runtime.mesh import Mesh
-from meshwright.sharding import FLAT, PARTIAL, Placements, Shard, StatePlacement
+from meshwright.sharding import FLAT, Placements, StatePlacement, state_layout
 
 Views = tuple[Tensor, ...]
 
@@ -60,17 +60,13 @@ class StateRoutes:
 
 def state_routes(partial: Sequence[str], state: StatePlacement, mesh: Mesh) -> StateRoutes:
     """The routes of a run whose gradient is a sum over `partial`: the moves of `sharding.state_transfers`."""
-    shards: Placements = {axis: Shard(FLAT) for axis in state.axes}
-    gradient: Placements = dict.fromkeys(partial, PARTIAL)
-    resting: Placements = {**gradient, **shards} if state.gradient else gradient
-    update: Placements = shards if state.optimizer else {}
-    at_rest: Placements = shards if state.parameter else {}
+    lies = state_layout({}, partial, state)
     return StateRoutes(
-        each_use=route(at_rest, {}, mesh),
-        each_backward=route(gradient, resting, mesh),
-        step_gradient=route(resting, update, mesh),
-        step_parameter=route(update, at_rest, mesh),
-        gather_update=route(update, {}, mesh),
+        each_use=route(lies.at_rest, lies.whole, mesh),
+        each_backward=route(lies.gradient, lies.resting, mesh),
+        step_gradient=route(lies.resting, lies.update, mesh),
+        step_parameter=route(lies.update, lies.at_rest, mesh),
+        gather_update=route(lies.update, lies.whole, mesh),
     )
 
 
