@@ -21,6 +21,7 @@ import meshwright
 from meshwright.cluster import preset_cluster
 from meshwright.cost.analytic import estimate
 from meshwright.cost.block import kept_bytes, price_block
+from meshwright.cost.compute import Pricing
 from meshwright.cost.layouts import machine_of
 from meshwright.engine import load_engine
 from meshwright.graph import Block, Graph, Operator, Role, Segment, Tensor, graph_problems
@@ -61,6 +62,13 @@ from meshwright.strategy import (
 from meshwright.workload import Workload
 
 FLOAT16 = Workload(global_batch=1, seq_len=1, precision="float16")
+MACHINE = machine_of(preset_cluster("dgx-h100x2"), load_engine("unknown"), FLOAT16)
+
+
+def pricing(sizes: Mapping[str, Any], degrees: Mapping[str, Any]) -> Pricing:
+    """What prices need, on two nodes of H100."""
+    return Pricing(MACHINE.rates, MACHINE.engine, MACHINE.constants, FLOAT16, sizes, degrees)
+
 
 LLAMA = Decoder(
     "llama",
@@ -541,7 +549,7 @@ def test_context_parallelism_divides_activations(c: int) -> None:
     graph = gpt(8, 8)
     s, b, h, a = 32, 2, 64, 8
     layout = layout_of(graph, "layer", CONTEXT)
-    found = kept_bytes(layout, Recompute.NONE, graph.sizes(b, s), {"cp": c}, FLOAT16)
+    found = kept_bytes(layout, Recompute.NONE, pricing(graph.sizes(b, s), {"cp": c}))
     assert found == (34 * s * b * h + 5 * a * s * s * b) // c
 
 
@@ -590,7 +598,7 @@ def test_ulysses_exchanges_heads_for_sequence(c: int) -> None:
 
 def activations(graph: Graph, b: int, s: int, t: int, recompute: Recompute, *, sequence: bool) -> float:
     layout = layout_of(graph, "layer", tensor_rule(sequence=sequence))
-    return float(kept_bytes(layout, recompute, graph.sizes(b, s), {"tp": t}, FLOAT16))
+    return float(kept_bytes(layout, recompute, pricing(graph.sizes(b, s), {"tp": t})))
 
 
 def assert_formulas(graph: Graph, b: int, s: int, t: int) -> None:
@@ -761,13 +769,12 @@ def test_a_new_operator_that_scatters() -> None:
 
 def test_a_new_operator_has_a_price() -> None:
     layout = lay_out(MIXING, operator_splits(MIXING, (XP, ZP, YP)))
-    machine = machine_of(preset_cluster("dgx-h100x2"), load_engine("unknown"), "float16")
     sizes, degrees = MIXER.sizes(6, 1), {"xp": 2, "zp": 2, "yp": 3}
-    price = price_block(layout, sizes, degrees, machine, FLOAT16)
-    assert price.flops == 2 * 3 * 10 * 4 * 3 + 2 * 3 * 10 * 4 * 3 * 4
+    price = price_block(layout, pricing(sizes, degrees), MACHINE.levels, is_end=False)
+    assert [operator.flops for operator in price.operators] == [2 * 3 * 10 * 4 * 3, 2 * 3 * 10 * 4 * 3 * 4, 0]
     assert price.forward.bytes == {("zp",): 180.0, ("yp", "zp"): pytest.approx(400.0)}
     assert price.backward.bytes == {("yp",): pytest.approx(320.0), ("zp",): 180.0}
-    assert all(seconds > 0 for seconds in (price.math_s, price.memory_s, price.math_backward_s, price.launch_s))
+    assert all(each.forward_s > 0 and each.backward_s > each.forward_s for each in price.operators)
     assert all(seconds > 0 for part in (price.forward, price.backward) for seconds in part.seconds.values())
     # Kept: x [3, 10, 4], z [3, 10, 3] and the sum y [3, 10, 4], 2 bytes each; under full recomputation x alone.
     assert price.kept_bytes[Recompute.NONE] == 2 * (120 + 90 + 120)

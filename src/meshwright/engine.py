@@ -8,8 +8,10 @@ type it accumulates gradients, what it keeps in memory and what starting a kerne
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, Literal
 
 from meshwright.errors import InputError, Problem, nearest_name
 
@@ -21,19 +23,54 @@ MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What an engine does where a published run does not say, and habits of it that a strategy can say.
+
+    `microbatch` is 0 where none is documented. `stages`: layers are spread evenly, or by nanotron's running sum of
+    cost. `dropout` is that of its GPT scripts. `vocab_multiple` is what the vocabulary is padded to, per
+    tensor-parallel rank. `folds_experts`: an expert group may span the tensor-parallel ranks (Megatron-Core).
+    """
+
+    microbatch: int = 0
+    zero: str = "0"
+    sequence_parallel: bool = False
+    fused_attention: bool = True
+    dropout: float = 0.0
+    vocab_multiple: int = 1
+    stages: Literal["even", "cost"] = "even"
+    folds_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """What happens to a pipeline whose stages lie on several nodes, where an engine has such a fault.
+
+    `collective_rank_s`: host seconds that each collective takes more, per rank of its group. `stall_s`: seconds that a
+    message between stages blocks its ranks, on at least `stall_nodes` nodes, or wherever state is not sharded over
+    several data-parallel ranks and microbatches are single sequences, or a group of at least `stall_group` ranks.
+    """
+
+    collective_rank_s: float = 0.0
+    stall_s: float = 0.0
+    stall_nodes: int = 0
+    stall_group: int = 0
+
+
+@dataclass(frozen=True)
 class Engine:
     """How a piece of software runs a strategy.
 
-    `exposed` is, per degree (`tp`, `dp`, `pp`, ...), the share of communication time that computation cannot hide
-    even where there is enough of it; 1 where the engine waits. `fused_kinds` are the operators that run inside a
-    neighbour's kernel. `traffic_factor` is the memory traffic of the others over the bytes of their operands.
-    `operator_launch_s` is what the host needs per operator of the forward (twice that in the backward): where
-    `launch_overlaps`, a block takes at least the sum, else that much longer. `collective_skew_s` is lost per doubling
-    of the group in each collective to ranks waiting for each other. `slice_messages`: between stages each rank sends
-    its part of what lies replicated.
-    `reserved_bytes` is memory that no tensor holds: context, communication buffers. `sources` says where each number
-    is from.
-    """
+    `exposed` is, per degree (`tp`, `dp`, `pp`, ...), the share of communication time that computation cannot hide even
+    where there is enough of it; 1 where the engine waits. `fused_kinds` are the operators that run inside a neighbour's
+    kernel. `traffic_factor` is the memory traffic of the others over the bytes of their operands, `loss_passes` how
+    often that of the loss is more, `matmul_factor` the speed of its products over that of the device's file.
+    `operator_launch_s` is what the host needs per operator of the forward (twice that in the backward),
+    `collective_launch_s` per collective and `collective_rank_s` per rank of its group: where `launch_overlaps`, a block
+    takes at least the sum, else that much longer. `collective_skew_s` is lost per doubling of the group in each
+    collective to ranks waiting for each other. `slice_messages`: between stages each rank sends its part of what lies
+    replicated. `step_constant_s` is added to each step, `step_rank_s` for each rank of the group over which state is
+    sharded. `reserved_bytes` is memory that no tensor holds: context, communication buffers. `sources` says where each
+    number is from."""
 
     name: str
     exposed: dict[str, float]
@@ -44,9 +81,16 @@ class Engine:
     gradient_dtype: str
     master_weights: bool
     reserved_bytes: float
+    matmul_factor: float = 1.0
+    loss_passes: float = 2.0
+    collective_launch_s: float = 0.0
+    collective_rank_s: float = 0.0
     slice_messages: bool = False
     launch_overlaps: bool = True
     step_constant_s: float = 0.0
+    step_rank_s: float = 0.0
+    crossing: Crossing = Crossing()
+    defaults: Defaults = Defaults()
     sources: dict[str, str] = field(default_factory=dict)
 
 
@@ -55,6 +99,7 @@ def engine_names() -> tuple[str, ...]:
     return tuple(sorted(entry.name.removesuffix(".json") for entry in _folder().iterdir()))
 
 
+@cache
 def load_engine(name: str) -> Engine:
     """An engine by name; raises `InputError` with the known names where there is none."""
     names = engine_names()
@@ -62,28 +107,35 @@ def load_engine(name: str) -> Engine:
         rule = f"known engines: {', '.join(names)}"
         raise InputError([Problem("--engine", name, rule, nearest_name(name, names))])
     data = json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
-    return Engine(**{**data, "fused_kinds": tuple(data["fused_kinds"])})
+    nested = {"crossing": Crossing, "defaults": Defaults}
+    records = {key: record(**data[key]) for key, record in nested.items() if key in data}
+    return Engine(**{**data, **records, "fused_kinds": tuple(data["fused_kinds"])})
 
 
 def engine_problems(engine: Engine) -> list[Problem]:
     """Everything that makes an engine unusable."""
     problems = []
-    numbers = {
-        **{f"exposed.{degree}": share for degree, share in engine.exposed.items()},
-        "traffic_factor": engine.traffic_factor,
-        "operator_launch_s": engine.operator_launch_s,
-        "collective_skew_s": engine.collective_skew_s,
-        "reserved_bytes": engine.reserved_bytes,
-        "step_constant_s": engine.step_constant_s,
-    }
-    for where, value in numbers.items():
+    for where, value in _numbers(engine):
         largest = 1.0 if where.startswith("exposed.") else MAX_NUMBER
-        if not 0 <= value <= largest:
-            problems.append(Problem(where, str(value), f"must be from 0 to {largest:g}"))
+        least = 1e-9 if where == "matmul_factor" else 0
+        if not least <= value <= largest:
+            problems.append(Problem(where, str(value), f"must be from {least:g} to {largest:g}"))
     if engine.gradient_dtype not in GRADIENT_DTYPES:
         rule, nearest = f"known: {', '.join(GRADIENT_DTYPES)}", nearest_name(engine.gradient_dtype, GRADIENT_DTYPES)
         problems.append(Problem("gradient_dtype", engine.gradient_dtype, rule, nearest))
     return problems
+
+
+def _numbers(record: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Every number of an engine with its key path."""
+    for item in fields(record):
+        value = getattr(record, item.name)
+        if isinstance(value, dict):
+            yield from ((f"{prefix}{item.name}.{key}", each) for key, each in value.items() if item.name == "exposed")
+        elif isinstance(value, Crossing | Defaults):
+            yield from _numbers(value, f"{prefix}{item.name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{item.name}", value
 
 
 def _folder() -> Any:

@@ -468,9 +468,14 @@ class StateLayout:
     update: Placements
 
 
+def shards_of(stored: Placements, state: StatePlacement) -> tuple[str, ...]:
+    """The axes over which the state of a parameter `stored` so is sharded: those along which it is otherwise copied."""
+    return tuple(axis for axis in state.axes if stored.get(axis, REPLICATE) == REPLICATE)
+
+
 def state_layout(stored: Placements, partial: Sequence[str], state: StatePlacement) -> StateLayout:
     """The placements of a parameter `stored` so in computation, whose gradient is a sum over the axes `partial`."""
-    shards: dict[str, Placement] = {axis: Shard(FLAT) for axis in state.axes}
+    shards: dict[str, Placement] = {axis: Shard(FLAT) for axis in shards_of(stored, state)}
     whole = dict(stored)
     gradient: Placements = {**whole, **dict.fromkeys(partial, PARTIAL)}
     return StateLayout(

@@ -8,12 +8,26 @@ from enum import StrEnum
 from meshwright.errors import InputError, Problem, nearest_name
 
 #: Bytes of one number of each fixed type.
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int64": 8, "bool": 1}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1}
 
-#: Short names that people write, and the type that they mean.
-PRECISION_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-
+#: Types that a step is computed in, and smaller ones that the products of layers with their weights may have.
 PRECISIONS = ("bfloat16", "float16", "float32", "float64")
+PRODUCT_PRECISIONS = ("", "float8", "float4", "int8")
+
+#: What people write, and what it means: the type computed in, and that of the layers' products where it is another.
+PRECISION_NAMES = {
+    **{name: (name, "") for name in PRECISIONS},
+    "bf16": ("bfloat16", ""),
+    "fp16": ("float16", ""),
+    "fp32": ("float32", ""),
+    "fp64": ("float64", ""),
+    "float8": ("bfloat16", "float8"),
+    "fp8": ("bfloat16", "float8"),
+    "mxfp8": ("bfloat16", "float8"),
+    "float4": ("bfloat16", "float4"),
+    "nvfp4": ("bfloat16", "float4"),
+    "int8": ("bfloat16", "int8"),
+}
 
 
 class Phase(StrEnum):
@@ -24,13 +38,17 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Workload:
-    """One step: `global_batch` sequences of `seq_len` tokens, computed in `precision`, updated by `optimizer`."""
+    """One step: `global_batch` sequences of `seq_len` tokens, computed in `precision`, updated by `optimizer`.
+
+    `product_precision` is the type of the products of layers with their weights where it is a smaller one (FP8
+    training): operands are cast, results and everything else stay in `precision`."""
 
     global_batch: int
     seq_len: int
     precision: str = "bfloat16"
     phase: Phase = Phase.TRAIN
     optimizer: str = "adam"
+    product_precision: str = ""
 
     @property
     def tokens(self) -> int:
@@ -42,19 +60,16 @@ class Workload:
         return DTYPE_BYTES[self.precision if dtype == "compute" else dtype]
 
 
-def parse_precision(text: str) -> str:
-    """The precision that a name means.
+def parse_precision(text: str) -> tuple[str, str]:
+    """The precision that a name means, and that of the layers' products where it is another.
 
-    >>> parse_precision("bf16")
-    'bfloat16'
+    >>> parse_precision("bf16"), parse_precision("fp8")
+    (('bfloat16', ''), ('bfloat16', 'float8'))
     """
-    name = PRECISION_ALIASES.get(text, text)
-    if name not in PRECISIONS:
-        known = ", ".join((*PRECISIONS, *PRECISION_ALIASES))
-        raise InputError(
-            [Problem("--precision", text, f"known: {known}", nearest_name(text, (*PRECISIONS, *PRECISION_ALIASES)))]
-        )
-    return name
+    if text not in PRECISION_NAMES:
+        rule, nearest = f"known: {', '.join(PRECISION_NAMES)}", nearest_name(text, PRECISION_NAMES)
+        raise InputError([Problem("--precision", text, rule, nearest)])
+    return PRECISION_NAMES[text]
 
 
 def workload_problems(workload: Workload) -> list[Problem]:
@@ -75,6 +90,10 @@ def workload_problems(workload: Workload) -> list[Problem]:
                 nearest_name(workload.precision, PRECISIONS),
             )
         )
+    if workload.product_precision not in PRODUCT_PRECISIONS:
+        rule = f"known: {', '.join(filter(None, PRODUCT_PRECISIONS))}, or '' for the precision's own"
+        nearest = nearest_name(workload.product_precision, PRODUCT_PRECISIONS)
+        problems.append(Problem("product_precision", workload.product_precision, rule, nearest))
     if workload.optimizer != "adam":
         problems.append(Problem("optimizer", workload.optimizer, "known: adam", "adam"))
     return problems

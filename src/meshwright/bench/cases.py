@@ -15,15 +15,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
-from meshwright.bench.runs import (
-    ACCELERATORS,
-    ENGINES,
-    EngineDefaults,
-    NotExpressible,
-    Setup,
-    read_precision,
-    read_state,
-)
+from meshwright.bench.runs import ACCELERATORS, NotExpressible, Setup, read_precision, read_state
 from meshwright.cluster import (
     Cluster,
     ClusterTemplate,
@@ -33,9 +25,9 @@ from meshwright.cluster import (
     Quantity,
     cluster_templates,
 )
-from meshwright.cost.compute import GENERIC_EFFICIENCY
-from meshwright.engine import Engine, load_engine
-from meshwright.graph import Graph, Role, Segment, operator_flops
+from meshwright.cost.analytic import Case
+from meshwright.engine import Defaults, load_engine
+from meshwright.graph import Graph, Segment
 from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary, decoder_graph
 from meshwright.io.inputs import check_model_takes
 from meshwright.strategy import (
@@ -55,18 +47,6 @@ from meshwright.workload import Workload
 # --- a case: everything that an evaluator asks for ------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """A run as an evaluator sees it, and in words what was assumed to get there."""
-
-    graph: Graph
-    cluster: Cluster
-    strategy: Strategy
-    workload: Workload
-    engine: Engine
-    assumptions: tuple[str, ...]
-
-
 class _Notes:
     """Assumptions as they are made."""
 
@@ -84,8 +64,9 @@ class _Notes:
         return default
 
 
-def case_of(setup: Setup) -> Case:
-    """Build a run; raises `NotExpressible` or `InputError` where no strategy of ours can say it.
+def case_of(setup: Setup) -> tuple[Case, tuple[str, ...]]:
+    """A run as an evaluator sees it, and in words what was assumed to get there; raises `NotExpressible` or
+    `InputError` where no strategy of ours can say it.
 
     The strategy need not be legal: the rules that it breaks are among the assumptions.
     """
@@ -93,19 +74,18 @@ def case_of(setup: Setup) -> Case:
         raise NotExpressible(f"expert parallelism (ep={setup.ep}) cannot be expressed yet")
     notes = _Notes()
     engine_name = notes.filled("engine", setup.engine, "unknown", "a generic engine")
-    habits = ENGINES[engine_name]
-    if habits.file != engine_name:
-        notes.add(f"{engine_name} has no measured description: priced as {habits.file}")
-    precision, product_dtype = read_precision(notes.filled("precision", setup.precision, "bf16", "the usual type"))
-    shorthand = _shorthand(setup, engine_name, notes)
+    engine = load_engine(engine_name)
+    habits = engine.defaults
+    precision, products = read_precision(notes.filled("precision", setup.precision, "bf16", "the usual type"))
+    shorthand = _shorthand(setup, habits, engine_name, notes)
     graph = _graph(_decoder(setup, habits, shorthand.tp, notes))
-    workload = Workload(setup.global_batch_size, setup.seq_len, precision)
+    workload = Workload(setup.global_batch_size, setup.seq_len, precision, product_precision=products)
     check_model_takes(graph, workload)
     strategy = _strategy(shorthand, graph, habits)
     _note_rules(strategy, graph, workload, shorthand, setup, notes)
-    cluster = _cluster(setup, product_dtype, _head_share(graph), notes)
+    cluster = _cluster(setup, notes)
     whole = _whole_batch(workload, shorthand, notes)
-    return Case(graph, cluster, strategy, whole, load_engine(habits.file), tuple(notes.lines))
+    return Case(graph, cluster, strategy, whole, engine), tuple(notes.lines)
 
 
 @lru_cache(maxsize=256)
@@ -163,7 +143,7 @@ FAMILIES = (
 PARAMETER_TOLERANCE = 0.02
 
 
-def _decoder(setup: Setup, habits: EngineDefaults, tp: int, notes: _Notes) -> Decoder:
+def _decoder(setup: Setup, habits: Defaults, tp: int, notes: _Notes) -> Decoder:
     family = _family(setup, notes)
     kv_heads = notes.filled("kv_heads", setup.kv_heads, setup.heads, "one for each head")
     if setup.heads % kv_heads:
@@ -257,12 +237,12 @@ def num_parameters(setup: Setup, family: Family) -> float:
 # --- strategy -------------------------------------------------------------------------------------------------------
 
 
-def _shorthand(setup: Setup, engine: str, notes: _Notes) -> Shorthand:
+def _shorthand(setup: Setup, habits: Defaults, engine: str, notes: _Notes) -> Shorthand:
     """The degrees of a run; what is blank and matters is noted."""
-    habits, why = ENGINES[engine], f"the default of {engine}"
+    why = f"the default of {engine}"
     mbs = setup.microbatch_size
     if mbs is None:
-        if habits.microbatch is None:
+        if not habits.microbatch:
             raise NotExpressible(f"microbatch_size is blank, and {engine} documents no default")
         mbs = notes.filled("microbatch_size", None, habits.microbatch, why)
     tp, pp, cp = (notes.filled(name, getattr(setup, name), 1, "not used") for name in ("tp", "pp", "cp"))
@@ -312,7 +292,7 @@ def _schedule(setup: Setup, pp: int, vpp: int, notes: _Notes) -> str:
     return schedule
 
 
-def _strategy(shorthand: Shorthand, graph: Graph, habits: EngineDefaults) -> Strategy:
+def _strategy(shorthand: Shorthand, graph: Graph, habits: Defaults) -> Strategy:
     if shorthand.pp == 1 and shorthand.vpp > 1:
         shorthand = replace(shorthand, vpp=1)
     num_stages = shorthand.pp * shorthand.vpp
@@ -325,7 +305,8 @@ def _strategy(shorthand: Shorthand, graph: Graph, habits: EngineDefaults) -> Str
 
 
 def _counts_by_cost(graph: Graph, num_stages: int) -> list[int]:
-    """Blocks per stage as nanotron splits them: a stage ends with the block whose running cost passes its share.
+    """Blocks per stage as nanotron splits them: a block with which the running cost passes the share of all stages up
+    to its own goes to the next.
 
     [spec: nanotron, models/base.py and get_block_compute_costs] a layer costs the weights of its products, the head
     vocabulary x hidden, the embedding nothing.
@@ -336,10 +317,10 @@ def _counts_by_cost(graph: Graph, num_stages: int) -> list[int]:
     costs.append(float(dims["vocab"] * dims["hidden"]))
     counts, stage, passed, total = [0] * num_stages, 0, 0.0, sum(costs)
     for cost in costs:
-        counts[stage] += 1
         passed += cost
         if stage < num_stages - 1 and passed > total * (stage + 1) / num_stages:
             stage += 1
+        counts[stage] += 1
     return counts
 
 
@@ -374,8 +355,8 @@ def _note_rules(
 #: Networks that give less than they say.
 NETWORK_SHARE = {"omni-path": 1 / 3}  # [fit: measured_runs.csv] about a third of nominal
 
-#: FP8 products reach this of their own peak, over what 16-bit products reach of theirs.
-QUANTIZED_EFFICIENCY = 0.69 / 0.71  # [fit: measured_runs.csv] H100
+#: Seconds of a hop on networks that are slower to answer than InfiniBand.
+NETWORK_LATENCY_S = {"efa": 4.5e-5}  # [fit: measured_runs.csv] rings of 16 and 32 ranks over 2 and 4 nodes
 
 #: A printed memory further than this from the preset's is another variant of the card.
 MEMORY_TOLERANCE = 0.07
@@ -391,11 +372,9 @@ def _templates() -> dict[str, ClusterTemplate]:
     return cluster_templates()
 
 
-def _cluster(setup: Setup, product_dtype: str, head_share: float, notes: _Notes) -> Cluster:
+def _cluster(setup: Setup, notes: _Notes) -> Cluster:
     template = _template(setup)
     device = _memory_variant(template.device, setup.accelerator_memory_gb)
-    if product_dtype:
-        device = _with_products_in(device, product_dtype, head_share, notes)
     group = DeviceGroup(device, setup.n_devices)
     return Cluster(template.name, (group,), _levels(setup, template, notes))
 
@@ -416,38 +395,6 @@ def _memory_variant(device: Device, memory_gb: float | None) -> Device:
     return replace(device, name=f"{device.name}, {memory_gb:g} GB", memory_bytes=Quantity(memory_gb * GiB, source))
 
 
-def _with_products_in(device: Device, dtype: str, head_share: float, notes: _Notes) -> Device:
-    """The device as software sees it that computes the layers' products in a smaller type, all else in bfloat16.
-
-    The head stays in bfloat16 (Transformer Engine, torchao): the rate is the mean over the products' FLOPs, so that a
-    whole step is right, while its last stage is taken as too fast and the others as too slow.
-    """
-    if dtype not in device.peak_flops or "bfloat16" not in device.peak_flops:
-        notes.add(f"{device.name} has no {dtype}: linear layers computed in bfloat16")
-        return device
-    notes.add(f"{dtype}: products of the layers at its rate, the head and what is stored as in bfloat16")
-    matmul = device.efficiency.get("matmul")
-    share = matmul.value if matmul else GENERIC_EFFICIENCY["matmul"]
-    gain = QUANTIZED_EFFICIENCY * device.peak_flops[dtype].value / device.peak_flops["bfloat16"].value
-    mean_gain = 1 / ((1 - head_share) / gain + head_share)
-    source = f"[derived] {dtype} over bfloat16 peak, x {QUANTIZED_EFFICIENCY:.2f} [fit: measured_runs.csv], head apart"
-    return replace(device, efficiency={**device.efficiency, "matmul": Quantity(share * mean_gain, source)})
-
-
-def _head_share(graph: Graph) -> float:
-    """The head's share of the FLOPs of a model's products with weights."""
-    flops = {
-        block.name: graph.counts[block.name]
-        * sum(
-            operator_flops(operator, block.dim_aliases(operator), graph.sizes(1, 1))
-            for operator in block.operators
-            if any(block.tensor[name].role is Role.PARAMETER for name in operator.inputs)
-        )
-        for block in graph.blocks
-    }
-    return float(flops[graph.sequence[-1]] / sum(flops.values()))
-
-
 def _levels(setup: Setup, template: ClusterTemplate, notes: _Notes) -> tuple[Level, ...]:
     """The domain of fast links and, where the run is larger, the network between domains."""
     inner, outer = template.levels[0], template.levels[-1]
@@ -463,8 +410,13 @@ def _levels(setup: Setup, template: ClusterTemplate, notes: _Notes) -> tuple[Lev
         bandwidth = outer.bandwidth_Bps
     else:
         bandwidth = Quantity(rate_Bps, f"[spec] the row: {setup.inter_node_net}")
-    share = next((share for name, share in NETWORK_SHARE.items() if name in setup.inter_node_net.lower()), 1.0)
-    last = replace(outer, group_size=setup.n_devices, bandwidth_Bps=bandwidth, oversubscription=1 / share)
+    words = setup.inter_node_net.lower()
+    share = next((share for name, share in NETWORK_SHARE.items() if name in words), 1.0)
+    latency = next(
+        (Quantity(value, f"[fit] {name}") for name, value in NETWORK_LATENCY_S.items() if name in words),
+        outer.latency_s,
+    )
+    last = Level(outer.name, setup.n_devices, bandwidth, latency, outer.kind, 1 / share)
     return (first, last)
 
 

@@ -11,16 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from meshwright.cluster import (
-    MAX_DEVICES,
-)
+from meshwright.cluster import MAX_DEVICES
+from meshwright.engine import engine_names
 from meshwright.errors import InputError, MeshwrightError, Problem, nearest_name
-from meshwright.strategy import (
-    Recompute,
-)
+from meshwright.strategy import Recompute
 from meshwright.units import GiB
+from meshwright.workload import PRECISION_NAMES
 
 # --- rows -----------------------------------------------------------------------------------------------------------
 
@@ -254,46 +252,6 @@ def _layout_faults(values: Mapping[str, Any]) -> Iterator[str]:
 # --- vocabulary -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class EngineDefaults:
-    """What a blank cell means under an engine, and habits of it that a strategy says.
-
-    `file` is the description in `data/engines` that prices it. `microbatch` is None where none is documented. `stages`:
-    layers spread evenly, or by nanotron's running sum of cost. `dropout` is that of its GPT scripts.
-    `vocab_multiple` is what the vocabulary is padded to, per tensor-parallel rank.
-    """
-
-    file: str
-    microbatch: int | None = None
-    zero: str = "0"
-    sequence_parallel: bool = False
-    fused_attention: bool = True
-    dropout: float = 0.0
-    vocab_multiple: int = 1
-    stages: Literal["even", "cost"] = "even"
-
-
-#: [spec] the engines' arguments and published recipes.
-ENGINES = {
-    # Megatron-LM arguments.py: --make-vocab-size-divisible-by 128, dropout 0.1, no sequence parallelism, no ZeRO.
-    "megatron-lm": EngineDefaults("megatron-lm", fused_attention=False, dropout=0.1, vocab_multiple=128),
-    # NeMo and Megatron-Bridge recipes: distributed optimizer, sequence parallelism with tp, flash, micro_batch_size 1.
-    "megatron-core": EngineDefaults("megatron-core", 1, "1", sequence_parallel=True, vocab_multiple=128),
-    "megatron-deepspeed": EngineDefaults("megatron-deepspeed", fused_attention=False, dropout=0.1, vocab_multiple=128),
-    # nanotron config: tp_mode REDUCE_SCATTER, zero_stage 0, no recomputation.
-    "nanotron": EngineDefaults("nanotron", sequence_parallel=True, stages="cost"),
-    "composer-fsdp": EngineDefaults("composer-fsdp", zero="fsdp_full_shard(zero3)"),
-    "pytorch-fsdp": EngineDefaults("pytorch-fsdp", zero="fsdp_full_shard(zero3)"),
-    "internevo": EngineDefaults("internevo", zero="1"),
-    "alpa": EngineDefaults("alpa", fused_attention=False),
-    "torchtitan": EngineDefaults("pytorch-fsdp", zero="fsdp2_full_shard(zero3)", sequence_parallel=True),
-    "maxtext": EngineDefaults("unknown", zero="fsdp_full_shard(zero3)"),
-    "modellink": EngineDefaults("megatron-core", sequence_parallel=True, vocab_multiple=128),
-    "neuronx-distributed": EngineDefaults("unknown", zero="1", sequence_parallel=True),
-    "meshwright": EngineDefaults("meshwright"),
-    "unknown": EngineDefaults("unknown"),
-}
-
 #: The presets that have an accelerator, the usual one first.
 ACCELERATORS = {
     "A100": ("dgx-a100", "dgx-a100-40g"),
@@ -315,22 +273,18 @@ ACCELERATORS = {
 #: Words of the schedule column.
 SCHEDULE_WORDS = ("1f1b", "interleaved_1f1b", "interleaved_1f1b (modified)", "zero_bubble_1p", "zero_bubble_2p")
 
-#: Words of the precision column: the type computed in, and the type of the linear layers' products.
+#: Words of the precision column beside those of the command line: the type computed in, and that of the layers'
+#: products where it is another.
 PRECISIONS = {
-    "fp32": ("float32", ""),
-    "fp16": ("float16", ""),
-    "bf16": ("bfloat16", ""),
+    **PRECISION_NAMES,
     "amp_bf16": ("bfloat16", ""),
     "bf16 compute, fp32 weights": ("bfloat16", ""),
     "Autocast:BF16+FP32Optimizer": ("bfloat16", ""),
     "Autocast:BF16+SR": ("bfloat16", ""),
-    "fp8": ("bfloat16", "float8"),
     "fp8-cs": ("bfloat16", "float8"),
     "fp8-mx": ("bfloat16", "float8"),
-    "mxfp8": ("bfloat16", "float8"),
     "amp_fp8": ("bfloat16", "float8"),
     "float8(linear)+bf16": ("bfloat16", "float8"),
-    "nvfp4": ("bfloat16", "float4"),
     "int8 quantized matmuls (AQT) + bf16": ("bfloat16", "int8"),
 }
 
@@ -375,7 +329,7 @@ COLUMNS: dict[str, _Column] = {
     "params_b": _Column(_number),
     "experts": _Column(_count(10**6)),
     "topk": _Column(_count(10**6)),
-    "engine": _Column(_one_of(ENGINES), blank=""),
+    "engine": _Column(_one_of(engine_names()), blank=""),
     "accelerator": _Column(_one_of(ACCELERATORS), _NEEDED),
     "accelerator_memory_gb": _Column(_number),
     "n_devices": _Column(_count(MAX_DEVICES), _NEEDED),

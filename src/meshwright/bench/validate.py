@@ -16,8 +16,9 @@ import numpy as np
 
 from meshwright.bench.cases import case_of
 from meshwright.bench.runs import NotExpressible, Row, Setup, Skipped, read_rows
-from meshwright.cost.analytic import estimate
+from meshwright.cost.analytic import Case, estimate_of, evaluate_cases, grouped
 from meshwright.errors import InputError
+from meshwright.results import Estimate
 
 #: Fewer comparable rows than this say nothing about their order.
 MIN_COMPARABLE = 3
@@ -97,32 +98,45 @@ def validate_runs(path: str) -> Validation:
 
 def compare(rows: Iterable[Row | Skipped]) -> Validation:
     """Predict rows, equal setups once, and compare."""
-    done: dict[Setup, Prediction | str] = {}
+    listed = list(rows)
+    setups = list(dict.fromkeys(row.setup for row in listed if isinstance(row, Row)))
+    done = dict(zip(setups, predict_all(setups), strict=True))
     compared: list[Compared] = []
     skipped: list[Skipped] = []
-    for row in rows:
+    for row in listed:
+        found = row.reason if isinstance(row, Skipped) else done[row.setup]
         if isinstance(row, Skipped):
             skipped.append(row)
-            continue
-        if row.setup not in done:
-            done[row.setup] = predict(row.setup)
-        found = done[row.setup]
-        if isinstance(found, str):
+        elif isinstance(found, str):
             skipped.append(Skipped(row.line, row.id, found))
         else:
             compared.append(Compared(row, found))
     return Validation(tuple(compared), source_errors(compared), tuple(skipped))
 
 
-def predict(setup: Setup) -> Prediction | str:
-    """The prediction of a setup, or the reason why there is none."""
+def predict_all(setups: Sequence[Setup]) -> list[Prediction | str]:
+    """The prediction of each setup, or the reason why there is none; alike ones are priced together."""
+    built = [_built(setup) for setup in setups]
+    found: list[Prediction | str] = [one if isinstance(one, str) else "" for one in built]
+    places = [index for index, one in enumerate(built) if not isinstance(one, str)]
+    cases = [one for one in built if not isinstance(one, str)]
+    for group in grouped([case for case, _ in cases]):
+        evaluated = evaluate_cases([cases[index][0] for index in group])
+        for row, index in enumerate(group):
+            found[places[index]] = _prediction(estimate_of(evaluated, row), cases[index][1])
+    return found
+
+
+def _built(setup: Setup) -> tuple[Case, tuple[str, ...]] | str:
     try:
-        case = case_of(setup)
+        return case_of(setup)
     except NotExpressible as error:
         return str(error)
     except InputError as error:
         return "; ".join(str(problem) for problem in error.problems)
-    found = estimate(case.graph, case.cluster, case.strategy, case.workload, case.engine)
+
+
+def _prediction(found: Estimate, assumptions: tuple[str, ...]) -> Prediction | str:
     if not (math.isfinite(found.step_time_s) and math.isfinite(found.peak_memory_bytes)):
         return "its numbers are too large to compute with"
     return Prediction(
@@ -130,7 +144,7 @@ def predict(setup: Setup) -> Prediction | str:
         found.peak_memory_bytes,
         found.feasible,
         found.reasons,
-        (*case.assumptions, *found.assumptions),
+        (*assumptions, *found.assumptions),
     )
 
 

@@ -1,7 +1,14 @@
-"""The analytic evaluator: one strategy in, an `Estimate` out, by the formulas of this floor."""
+"""The analytic evaluator: strategies in, an `Estimate` of each out, by the formulas of this floor.
+
+One strategy is a list of one. Strategies of models of one structure, under one engine on one kind of machine, are
+priced together on columns whatever their sizes: the code is that of whole spaces.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -9,55 +16,164 @@ import numpy as np
 from meshwright.cluster import Cluster
 from meshwright.cost.block import StatePrice
 from meshwright.cost.compute import precision_assumptions
-from meshwright.cost.layouts import PricedLayouts, machine_of, price_layouts, price_states, state_bytes
+from meshwright.cost.constants import Constants
+from meshwright.cost.layouts import (
+    PricedLayouts,
+    end_blocks,
+    handover_shares,
+    machine_of,
+    price_sized,
+    state_bytes,
+)
 from meshwright.cost.memory import MEMORY_RESERVE
-from meshwright.cost.stages import Family, rank_table
-from meshwright.cost.step import StepColumns, evaluate
+from meshwright.cost.stages import Members, RankTable, Rows, rank_table_of
+from meshwright.cost.step import StepColumns, communication_ledger, evaluate, prepare, utilisation
 from meshwright.engine import Engine
-from meshwright.graph import Graph
+from meshwright.graph import Graph, Operator
 from meshwright.results import Estimate
-from meshwright.strategy import Strategy
+from meshwright.strategy import Strategy, degree_of
 from meshwright.units import format_bytes
 from meshwright.workload import Workload
 
 
-def single_strategy(
-    graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workload, engine: Engine
-) -> tuple[PricedLayouts, dict[str, StatePrice], StepColumns]:
-    """Prices and columns of length one for a legal strategy; the code is that of whole spaces."""
-    degrees = {"pp": 1, **strategy.degrees}
-    columns = {axis: np.array([size]) for axis, size in degrees.items()}
-    machine = machine_of(cluster, engine, workload.precision)
-    layouts = strategy.layouts(graph)
-    priced = price_layouts(graph, layouts, columns, np.array([strategy.microbatch]), machine, workload)
-    states = price_states(priced, strategy.state)
-    family = Family(
-        state=strategy.state,
-        schedule=strategy.schedule,
-        recompute=strategy.recompute,
-        layout_R=np.array([0]),
-        table_R=np.array([0]),
-        num_virtual_R=np.array([strategy.virtual_stages]),
-        num_microbatches_R=np.array([strategy.num_microbatches(workload)]),
-    )
-    return priced, states, evaluate(priced, states, rank_table(graph, [strategy.stages]), family)
+@dataclass(frozen=True)
+class Case:
+    """All that an estimate depends on."""
+
+    graph: Graph
+    cluster: Cluster
+    strategy: Strategy
+    workload: Workload
+    engine: Engine
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Cases of one structure priced together: row i of every column is case i."""
+
+    cases: Sequence[Case]
+    priced: PricedLayouts
+    states: Mapping[str, StatePrice]
+    tables: RankTable
+    members: Members
+    columns: StepColumns
+
+    @cached_property
+    def communication(self) -> dict[str, Any]:
+        """Bytes that the busiest rank sends per step, by mesh axis."""
+        recompute = self.cases[0].strategy.recompute
+        rows = Rows(self.tables, self.members)
+        return communication_ledger(self.priced, self.states, recompute, rows, self.members)
 
 
 def estimate(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workload, engine: Engine) -> Estimate:
     """Predict one step of a legal strategy (see `strategy.strategy_problems` for what is legal)."""
-    _, _, columns = single_strategy(graph, cluster, strategy, workload, engine)
-    return estimate_of(columns, 0, cluster, workload)
+    return estimate_of(evaluate_cases([Case(graph, cluster, strategy, workload, engine)]), 0)
 
 
-def estimate_of(columns: StepColumns, row: int, cluster: Cluster, workload: Workload) -> Estimate:
+def evaluate_cases(cases: Sequence[Case], known: Constants | None = None) -> Evaluation:
+    """Price cases of one group (see `grouped`)."""
+    first = cases[0]
+    strategy = first.strategy
+    degrees = {axis: _column([_degrees(case)[axis] for case in cases]) for axis in _degrees(first)}
+    microbatch = _column([case.strategy.microbatch for case in cases])
+    machine = machine_of(first.cluster, first.engine, first.workload, known)
+    shares = [handover_shares(case.graph) for case in cases]
+    priced = price_sized(
+        first.graph,
+        first.strategy.layouts(first.graph),
+        _sizes(cases),
+        {pair: _column([share.get(pair, 0.0) for share in shares]) for pair in set().union(*shares)},
+        degrees,
+        microbatch,
+        machine,
+        first.workload,
+    )
+    members = Members(
+        schedule=strategy.schedule,
+        layout_M=np.arange(len(cases)),
+        table_M=np.arange(len(cases)),
+        num_virtual_M=_column([case.strategy.virtual_stages for case in cases]),
+        num_microbatches_M=_column([case.strategy.num_microbatches(case.workload) for case in cases]),
+    )
+    tables = rank_table_of(
+        [block.name for block in first.graph.blocks], [(case.graph.sequence, case.strategy.stages) for case in cases]
+    )
+    prepared = prepare(priced, [strategy.state], [strategy.recompute])
+    return Evaluation(cases, priced, prepared.states[0][1], tables, members, evaluate(prepared, tables, members))
+
+
+def _column(values: Sequence[Any]) -> Any:
+    return np.array(values)
+
+
+def _degrees(case: Case) -> dict[str, int]:
+    return {"pp": 1, **case.strategy.degrees}
+
+
+def _sizes(cases: Sequence[Case]) -> dict[str, Any]:
+    rows = [
+        case.graph.sizes(case.strategy.microbatch * int(degree_of("dp", case.strategy.degrees)), case.workload.seq_len)
+        for case in cases
+    ]
+    return {dim: _column([row[dim] for row in rows]) for dim in rows[0]}
+
+
+def grouped(cases: Iterable[Case]) -> list[list[int]]:
+    """The indices of cases by structure: each group can be priced together (`evaluate_cases`)."""
+    operators: dict[int, Hashable] = {}
+    groups: dict[Hashable, list[int]] = {}
+    for index, case in enumerate(cases):
+        key = id(case.graph)
+        if key not in operators:
+            operators[key] = _graph_structure(case.graph)
+        groups.setdefault((operators[key], *_structure(case)), []).append(index)
+    return list(groups.values())
+
+
+def _graph_structure(graph: Graph) -> Hashable:
+    """What prices depend on in a graph, but for the sizes of its dims and the number of its blocks."""
+    blocks = [
+        (block.name, block.inputs, block.outputs, block.tensors, tuple(map(_priced_part, block.operators)))
+        for block in graph.blocks
+    ]
+    return (tuple(blocks), end_blocks(graph), graph.sequence[0], graph.sequence[-1], graph.tied)
+
+
+def _priced_part(operator: Operator) -> Hashable:
+    attributes = tuple((name, operator.attributes.get(name)) for name in ("causal", "window"))
+    return (*(getattr(operator, item.name) for item in fields(Operator) if item.name != "attributes"), attributes)
+
+
+def _structure(case: Case) -> tuple[Hashable, ...]:
+    """What cases of one group share besides: how operators are split, state, schedule, recomputation, software, and
+    the kind of machine. Sizes, degrees and the number of devices may differ."""
+    strategy, device, levels = case.strategy, case.cluster.slowest_device, case.cluster.hierarchy()
+    splits = [
+        (block, name, tuple(split.items())) for block, own in strategy.splits.items() for name, split in own.items()
+    ]
+    wires = [(level.group_size, level.bandwidth_Bps, level.latency_s, level.oversubscription) for level in levels]
+    return (
+        *(tuple(_degrees(case)), tuple(splits), strategy.state, strategy.schedule, tuple(strategy.recompute.items())),
+        *(case.workload.precision, case.workload.product_precision, case.engine.name, id(case.engine)),
+        *(device.name, device.memory_bytes, device.memory_bandwidth_Bps, tuple(device.peak_flops.items())),
+        *(tuple(device.efficiency.items()), tuple(wires[:-1]), wires[-1][1:]),
+    )
+
+
+def estimate_of(found: Evaluation, row: int) -> Estimate:
     """One row of evaluated columns as a record."""
+    case, columns = found.cases[row], found.columns
+    shape = np.shape(columns.step_time_s)
 
     def number(column: Any) -> float:
-        return float(np.broadcast_to(column, np.shape(columns.step_time_s))[row])
+        return float(np.broadcast_to(column, shape)[0, 0, row])
 
     step_s, peak = number(columns.step_time_s), number(columns.peak_memory_bytes)
     memory = {name: number(column) for name, column in columns.memory.items()}
-    reasons = memory_reasons(memory, peak, int(columns.worst_rank[row]), cluster)
+    reasons = memory_reasons(memory, peak, int(number(columns.worst_rank)), case.cluster)
+    peak_flops = found.priced.machine.rates.peak_flops * case.strategy.num_devices
+    mfu, hfu = utilisation(case.graph, case.workload, case.strategy.recompute, peak_flops * step_s)
     return Estimate(
         feasible=not reasons,
         reasons=reasons,
@@ -65,12 +181,12 @@ def estimate_of(columns: StepColumns, row: int, cluster: Cluster, workload: Work
         time={name: number(column) for name, column in columns.time.items()},
         memory=memory,
         peak_memory_bytes=peak,
-        mfu=number(columns.mfu),
-        hfu=number(columns.hfu),
+        mfu=mfu,
+        hfu=hfu,
         bubble_fraction=number(columns.bubble_fraction),
-        communication={axis: number(column) for axis, column in columns.communication.items()},
-        tokens_per_s=workload.tokens / step_s,
-        assumptions=precision_assumptions(cluster.slowest_device, workload.precision),
+        communication={axis: float(column[row]) for axis, column in found.communication.items()},
+        tokens_per_s=case.workload.tokens / step_s,
+        assumptions=precision_assumptions(case.cluster.slowest_device, case.workload),
     )
 
 

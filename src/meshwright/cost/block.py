@@ -9,16 +9,14 @@ microbatch); nothing here knows what an axis is for.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from meshwright.cluster import Level
-from meshwright.cost.comm import collective_time, mesh_group
-from meshwright.cost.compute import DeviceRates, OperatorPrice, price_operator
-from meshwright.engine import Engine
+from meshwright.cost.comm import Wires, collective_time, doublings, mesh_group
+from meshwright.cost.compute import OperatorPrice, Pricing, price_operators
 from meshwright.graph import Role
 from meshwright.sharding import (
     BlockLayout,
@@ -29,49 +27,41 @@ from meshwright.sharding import (
     Transfer,
     group_size,
     local_numel,
+    shards_of,
     state_transfers,
     tensor_numel,
     traffic,
 )
 from meshwright.strategy import Recompute, root_axis
-from meshwright.workload import Workload
 
-#: Axes of one collective, and the bytes that a rank sends and the seconds that it takes.
+#: Axes of one collective.
 Axes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Everything about hardware and software that pricing needs."""
-
-    rates: DeviceRates
-    levels: tuple[Level, ...]
-    engine: Engine
-
-
-@dataclass(frozen=True)
 class Communication:
-    """Bytes sent and seconds spent by a rank, per joint group of axes."""
+    """What a rank sends: bytes and seconds per joint group of axes; the number of collectives, the doublings that
+    their groups take and the ranks of these, summed (groups of one count for nothing), and the ranks of the largest."""
 
     bytes: dict[Axes, Any]
     seconds: dict[Axes, Any]
+    count: Any = 0
+    doublings: Any = 0
+    ranks: Any = 0
+    largest: Any = 1
 
 
 @dataclass(frozen=True)
 class BlockPrice:
-    """See the module's docstring. Times are of one microbatch in seconds, sizes in bytes; `launch` are the host's."""
+    """See the module's docstring. Times are of one microbatch in seconds, sizes in bytes."""
 
     operators: tuple[OperatorPrice, ...]
-    flops: Any
-    math_s: Any
-    memory_s: Any
-    math_backward_s: Any
-    memory_backward_s: Any
-    launch_s: Any
+    forward_s: Any
+    backward_s: Any
+    recompute_s: dict[Recompute, Any]
+    recomputed_operators: dict[Recompute, int]
     forward: Communication
     backward: Communication
-    recompute_flops: dict[Recompute, Any]
-    recompute_s: dict[Recompute, Any]
     kept_bytes: dict[Recompute, Any]
     exit_bytes: Any
     exit_whole_bytes: Any
@@ -79,66 +69,48 @@ class BlockPrice:
 
 @dataclass(frozen=True)
 class StatePrice:
-    """The parameters of a block on one rank: elements of each, and the transfers of their state as merged messages."""
+    """The parameters of a block on one rank: elements, elements where state is sharded, and the transfers of their
+    state as merged messages."""
 
     numel: Any
+    shard_numel: Any
     each_use: tuple[tuple[Step, Any], ...]
     each_backward: tuple[tuple[Step, Any], ...]
     step_gradient: tuple[tuple[Step, Any], ...]
     step_parameter: tuple[tuple[Step, Any], ...]
 
 
-def price_block(
-    layout: BlockLayout, sizes: Mapping[str, Any], degrees: Mapping[str, Any], machine: Machine, workload: Workload
-) -> BlockPrice:
-    """Price a block; `sizes` of all dims (batch: sequences of a microbatch on all data-parallel ranks), `degrees` of
-    all axes, outermost first."""
-    prices = tuple(
-        price_operator(layout.block, operator, sizes, degrees, machine.rates, machine.engine, workload)
-        for operator in layout.operators
-    )
-    launch_s = machine.engine.operator_launch_s
-    forward = _communication(layout, (Phase.FORWARD,), sizes, degrees, machine, workload)
-    grouped = {item.name for item in layout.block.operators if item.recompute_group}
+def price_block(layout: BlockLayout, pricing: Pricing, levels: Wires, *, is_end: bool) -> BlockPrice:
+    """Price a block; `is_end` where it is the embedding or the head of a model."""
+    block = layout.block
+    prices = price_operators(layout.operators, block, pricing, is_end=is_end)
+    grouped = {item.name for item in block.operators if item.recompute_group}
     again = [price for price in prices if price.name in grouped]
-    leaving = [layout.block.tensor[name] for name in layout.block.outputs]
+    leaving = [block.tensor[name] for name in block.outputs]
+    bytes_of = pricing.workload.bytes_of
     return BlockPrice(
         operators=prices,
-        flops=sum(price.flops for price in prices),
-        math_s=sum(price.math_s for price in prices),
-        memory_s=sum(price.memory_s for price in prices),
-        math_backward_s=sum(price.math_backward_s for price in prices),
-        memory_backward_s=sum(price.memory_backward_s for price in prices),
-        launch_s=launch_s * len(prices),
-        forward=forward,
-        backward=_communication(layout, (Phase.BACKWARD, Phase.REGATHER), sizes, degrees, machine, workload),
-        recompute_flops={
-            Recompute.NONE: 0.0,
-            Recompute.SELECTIVE: sum(price.flops for price in again),
-            Recompute.FULL: sum(price.flops for price in prices),
-        },
+        forward_s=sum(price.forward_s for price in prices),
+        backward_s=sum(price.backward_s for price in prices),
         recompute_s={
             Recompute.NONE: 0.0,
-            Recompute.SELECTIVE: sum(price.math_s + price.memory_s for price in again),
-            Recompute.FULL: sum(price.math_s + price.memory_s for price in prices),
+            Recompute.SELECTIVE: sum(price.forward_s for price in again),
+            Recompute.FULL: sum(price.forward_s for price in prices),
         },
-        kept_bytes={kind: kept_bytes(layout, kind, sizes, degrees, workload) for kind in Recompute},
+        recomputed_operators={Recompute.NONE: 0, Recompute.SELECTIVE: len(again), Recompute.FULL: len(prices)},
+        forward=_communication(layout, (Phase.FORWARD,), pricing, levels),
+        backward=_communication(layout, (Phase.BACKWARD, Phase.REGATHER), pricing, levels),
+        kept_bytes={kind: kept_bytes(layout, kind, pricing) for kind in Recompute},
         exit_bytes=sum(
-            local_numel(tensor.dims, layout.made[f"{tensor.name}@out"], sizes, degrees)
-            * workload.bytes_of(tensor.dtype)
+            local_numel(tensor.dims, layout.made[f"{tensor.name}@out"], pricing.sizes, pricing.degrees)
+            * bytes_of(tensor.dtype)
             for tensor in leaving
         ),
-        exit_whole_bytes=sum(tensor_numel(tensor, sizes) * workload.bytes_of(tensor.dtype) for tensor in leaving),
+        exit_whole_bytes=sum(tensor_numel(tensor, pricing.sizes) * bytes_of(tensor.dtype) for tensor in leaving),
     )
 
 
-def kept_bytes(
-    layout: BlockLayout,
-    recompute: Recompute,
-    sizes: Mapping[str, Any],
-    degrees: Mapping[str, Any],
-    workload: Workload,
-) -> Any:
+def kept_bytes(layout: BlockLayout, recompute: Recompute, pricing: Pricing) -> Any:
     """Bytes of activations that a block keeps from its forward to its backward.
 
     Each tensor that some backward reads, once, as it lies (`BlockLayout.kept`). Selective recomputation drops what is
@@ -149,7 +121,8 @@ def kept_bytes(
     for name in kept_names(layout, recompute):
         placements = layout.kept.get(name, layout.made[name])
         tensor = layout.block.tensor[name]
-        total = total + local_numel(tensor.dims, placements, sizes, degrees) * workload.bytes_of(tensor.dtype)
+        numel = local_numel(tensor.dims, placements, pricing.sizes, pricing.degrees)
+        total = total + numel * pricing.workload.bytes_of(tensor.dtype)
     return total
 
 
@@ -167,64 +140,66 @@ def kept_names(layout: BlockLayout, recompute: Recompute) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _communication(
-    layout: BlockLayout,
-    phases: Sequence[Phase],
-    sizes: Mapping[str, Any],
-    degrees: Mapping[str, Any],
-    machine: Machine,
-    workload: Workload,
-) -> Communication:
+def _communication(layout: BlockLayout, phases: Sequence[Phase], pricing: Pricing, levels: Wires) -> Communication:
+    moves = [
+        (transfer.step, *price_transfer(layout, transfer, pricing, levels))
+        for transfer in layout.transfers
+        if transfer.phase in phases
+    ]
+    return communication(moves, pricing.degrees)
+
+
+def communication(moves: Iterable[tuple[Step, Any, Any]], degrees: Mapping[str, Any]) -> Communication:
+    """Moves with their bytes and seconds, summed."""
     bytes_: dict[Axes, Any] = defaultdict(float)
     seconds: dict[Axes, Any] = defaultdict(float)
-    for transfer in layout.transfers:
-        if transfer.phase in phases:
-            sent, took_s = price_transfer(layout, transfer, sizes, degrees, machine, workload)
-            bytes_[transfer.step.axes] = bytes_[transfer.step.axes] + sent
-            seconds[transfer.step.axes] = seconds[transfer.step.axes] + took_s
-    return Communication(dict(bytes_), dict(seconds))
+    count: Any = 0
+    doubled: Any = 0
+    ranks: Any = 0
+    largest: Any = 1
+    for step, sent, took_s in moves:
+        bytes_[step.axes] = bytes_[step.axes] + sent
+        seconds[step.axes] = seconds[step.axes] + took_s
+        size = np.asarray(group_size(step.axes, degrees))
+        count, doubled, ranks = count + (size > 1), doubled + doublings(size), ranks + size * (size > 1)
+        largest = np.maximum(largest, size)
+    return Communication(dict(bytes_), dict(seconds), count, doubled, ranks, largest)
 
 
-def price_transfer(
-    layout: BlockLayout,
-    transfer: Transfer,
-    sizes: Mapping[str, Any],
-    degrees: Mapping[str, Any],
-    machine: Machine,
-    workload: Workload,
-) -> tuple[Any, Any]:
+def price_transfer(layout: BlockLayout, transfer: Transfer, pricing: Pricing, levels: Wires) -> tuple[Any, Any]:
     """Bytes that a rank sends in one transfer of a block, and its seconds."""
     tensor = layout.block.tensor[transfer.tensor]
-    size = local_numel(tensor.dims, transfer.step.larger, sizes, degrees) * workload.bytes_of(tensor.dtype)
-    return price_step(transfer.step, size, degrees, machine)
+    numel = local_numel(tensor.dims, transfer.step.larger, pricing.sizes, pricing.degrees)
+    return price_step(transfer.step, numel * pricing.workload.bytes_of(tensor.dtype), pricing, levels)
 
 
-def price_step(step: Step, size_bytes: Any, degrees: Mapping[str, Any], machine: Machine) -> tuple[Any, Any]:
+def price_step(step: Step, size_bytes: Any, pricing: Pricing, levels: Wires) -> tuple[Any, Any]:
     """Bytes that a rank sends in one collective, and its seconds; `size_bytes` is the larger side's local size."""
-    group = mesh_group(step.axes, degrees, machine.levels)
-    sent = traffic(step.collective, group_size(step.axes, degrees), size_bytes)
-    return sent, collective_time(step.collective, group, size_bytes, machine.levels, machine.engine.collective_skew_s)
+    group = mesh_group(step.axes, pricing.degrees, levels)
+    sent = traffic(step.collective, group_size(step.axes, pricing.degrees), size_bytes)
+    return sent, collective_time(step.collective, group, size_bytes, levels)
 
 
-def price_state(
-    layout: BlockLayout, state: StatePlacement, sizes: Mapping[str, Any], degrees: Mapping[str, Any]
-) -> StatePrice:
+def price_state(layout: BlockLayout, state: StatePlacement, pricing: Pricing) -> StatePrice:
     """The parameters of a block and what moves them; sizes in elements, the type is the composer's business.
 
     Transfers of one kind over the same axes go as one message: a block is the unit in which state is gathered.
     """
     merged: dict[str, dict[tuple[Any, ...], tuple[Step, Any]]] = {name: {} for name in _STATE_FIELDS}
     numel: Any = 0
+    shard_numel: Any = 0
     for tensor in layout.block.parameters:
         stored = layout.made[tensor.name]
-        numel = numel + local_numel(tensor.dims, stored, sizes, degrees)
+        held = local_numel(tensor.dims, stored, pricing.sizes, pricing.degrees)
+        numel = numel + held
+        shard_numel = shard_numel + held / group_size(shards_of(stored, state), pricing.degrees)
         moves = state_transfers(stored, layout.partial_gradients[tensor.name], state)
         for name in _STATE_FIELDS:
             for step in _steps_of(moves, name):
-                size = local_numel(tensor.dims, step.larger, sizes, degrees)
+                size = local_numel(tensor.dims, step.larger, pricing.sizes, pricing.degrees)
                 key = (step.collective, step.axes)
                 merged[name][key] = (step, merged[name].get(key, (step, 0))[1] + size)
-    return StatePrice(numel, *(tuple(merged[name].values()) for name in _STATE_FIELDS))
+    return StatePrice(numel, shard_numel, *(tuple(merged[name].values()) for name in _STATE_FIELDS))
 
 
 _STATE_FIELDS = ("each_use", "each_backward", "step_gradient", "step_parameter")
@@ -250,11 +225,10 @@ def attributed(axes: Axes, degrees: Mapping[str, Any]) -> dict[str, Any]:
     return shares
 
 
-def exposed_seconds(seconds: Mapping[Axes, Any], degrees: Mapping[str, Any], engine: Engine) -> dict[str, Any]:
-    """Seconds that computation cannot hide, by degree."""
-    exposed: dict[str, Any] = defaultdict(float)
+def by_root(seconds: Mapping[Axes, Any], degrees: Mapping[str, Any]) -> dict[str, Any]:
+    """Seconds by the degree on which each joint collective is booked."""
+    booked: dict[str, Any] = defaultdict(float)
     for axes, took_s in seconds.items():
         for axis, share in attributed(axes, degrees).items():
-            root = root_axis(axis)
-            exposed[root] = exposed[root] + engine.exposed.get(root, 1.0) * share * took_s
-    return dict(exposed)
+            booked[root_axis(axis)] = booked[root_axis(axis)] + share * took_s
+    return dict(booked)

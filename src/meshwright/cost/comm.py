@@ -20,6 +20,34 @@ from meshwright.sharding import Collective, group_size
 
 
 @dataclass(frozen=True)
+class Wire:
+    """A level as messages meet it: what is left of its bandwidth, and how it falls with the groups that it joins.
+
+    `bandwidth_Bps` divides by 1 + `falloff` x log2(groups of the level below that take part)."""
+
+    group_size: Any
+    bandwidth_Bps: Any
+    latency_s: Any
+    falloff: float = 0.0
+
+
+def wires(levels: Sequence[Level], inner_share: float = 1.0, outer_share: float = 1.0, falloff: float = 0.0) -> Wires:
+    """The wires of a hierarchy, innermost first; collectives get a share of nominal inside the first level and beyond.
+
+    What was measured is taken as it is."""
+    found = []
+    for index, level in enumerate(levels):
+        measured = level.bandwidth_Bps.source.startswith("[measured]")
+        share = 1.0 if measured else outer_share if index else inner_share
+        bandwidth_Bps = share * level.bandwidth_Bps.value / level.oversubscription
+        found.append(Wire(level.group_size, bandwidth_Bps, level.latency_s.value, falloff if index else 0.0))
+    return tuple(found)
+
+
+Wires = tuple[Wire, ...]
+
+
+@dataclass(frozen=True)
 class Group:
     """A communicator: its ranks, and how many of them share one group of each level, innermost first.
 
@@ -30,7 +58,7 @@ class Group:
     members: tuple[Any, ...]
 
 
-def mesh_group(axes: Sequence[str], degrees: Mapping[str, Any], levels: Sequence[Level]) -> Group:
+def mesh_group(axes: Sequence[str], degrees: Mapping[str, Any], levels: Sequence[Wire]) -> Group:
     """The group over `axes` of a mesh; `degrees` outermost first, ranks in row-major order."""
     members: list[Any] = []
     for level in levels:
@@ -47,33 +75,39 @@ def mesh_group(axes: Sequence[str], degrees: Mapping[str, Any], levels: Sequence
     return Group(num_ranks, tuple(members))
 
 
-def collective_time(
-    collective: Collective, group: Group, size_bytes: Any, levels: Sequence[Level], skew_s: float = 0.0
-) -> Any:
+def collective_time(collective: Collective, group: Group, size_bytes: Any, levels: Sequence[Wire]) -> Any:
     """Seconds of a collective whose larger side is `size_bytes` a rank; 0 in a group of one.
 
     Ring algorithms, level by level (Thakur et al. 2005; NCCL's rings use every card of a node): of `size_bytes` a
     share (k-1)/k crosses a level on which k groups of the level below take part, through the w cards of each. An
     all-reduce is a reduce-scatter and an all-gather. In an all-to-all each rank sends its own part through its own
-    card.
+    card. A ring of n ranks takes n - 1 hops, each as long as the slowest link of the ring; an all-reduce of few bytes
+    goes over trees, and the messages of an all-to-all travel at once: a hop per doubling and level. That ranks wait
+    for one another is not counted here (`engine.collective_skew_s`).
     """
     if collective is Collective.SLICE:
         return 0.0 * size_bytes * group.num_ranks
     passes = 2 if collective is Collective.ALL_REDUCE else 1
     transfer_s: Any = 0.0
-    latency_s: Any = 0.0
+    tree_s: Any = 0.0
+    hop_s: Any = 0.0
     below: Any = 1
     for level, within in zip(levels, group.members, strict=True):
         parts = within / below
-        bandwidth = level.bandwidth_Bps.value / level.oversubscription
+        doubled = doublings(parts)
+        seconds_per_byte = (1 + level.falloff * doubled) / level.bandwidth_Bps
         if collective is Collective.ALL_TO_ALL:
-            level_s = size_bytes * (within - below) / group.num_ranks / bandwidth
+            level_s = size_bytes * (within - below) / group.num_ranks * seconds_per_byte
         else:
-            level_s = size_bytes * (parts - 1) / parts / (below * bandwidth)
+            level_s = size_bytes * (parts - 1) / parts / below * seconds_per_byte
         transfer_s = np.maximum(transfer_s, level_s)
-        latency_s = latency_s + level.latency_s.value * doublings(parts)
+        tree_s = tree_s + level.latency_s * doubled
+        hop_s = np.where(parts > 1, np.maximum(hop_s, level.latency_s), hop_s)
         below = within
-    return passes * (transfer_s + latency_s + skew_s * doublings(group.num_ranks))
+    ring_s = (group.num_ranks - 1) * hop_s
+    in_ring = collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
+    latency_s = ring_s if in_ring else np.minimum(tree_s, ring_s)
+    return passes * (transfer_s + latency_s)
 
 
 def doublings(count: Any) -> Any:
@@ -82,12 +116,11 @@ def doublings(count: Any) -> Any:
     return np.array([math.log2(value) for value in distinct])[index].reshape(np.shape(count))
 
 
-def point_to_point_time(size_bytes: Any, stride: Any, levels: Sequence[Level], sharers: Any = 1) -> Any:
-    """Seconds of a message between ranks `stride` apart; `sharers` devices of a node send at once through one card
-    each, so they do not slow each other down unless the level is oversubscribed."""
+def point_to_point_time(size_bytes: Any, stride: Any, levels: Sequence[Wire]) -> Any:
+    """Seconds of a message between ranks `stride` apart, while the devices of a node send at once through one card
+    each, so that they do not slow each other down unless the level is oversubscribed."""
     time_s: Any = None
     for level in reversed(levels):
-        bandwidth = level.bandwidth_Bps.value / level.oversubscription / sharers
-        here = size_bytes / bandwidth + level.latency_s.value
+        here = size_bytes / level.bandwidth_Bps + level.latency_s
         time_s = here if time_s is None else np.where(stride < level.group_size, here, time_s)
     return time_s

@@ -1,42 +1,28 @@
 """Time of operators on one device: contractions at an efficiency, everything else as memory traffic.
 
-Every function takes numbers or arrays that broadcast. Device numbers come from the cluster's file; the constants here
-are the shape of the efficiency curves. Left out: tiles, waves and split K (libraries choose them well: removing them
-from a fit changed no source's error by a point), clock throttling.
+Every function takes numbers or arrays that broadcast. Device numbers come from the cluster's file, the shape of the
+efficiency curves from `constants`. Left out: tiles, waves and split K (libraries choose them well: removing them from
+a fit changed no source's error by a point), clock throttling.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from meshwright.cluster import Device
+from meshwright.cost.constants import Constants
 from meshwright.engine import Engine
 from meshwright.graph import Block, Operator, Role
 from meshwright.sharding import OperatorLayout, local_numel
 from meshwright.workload import Workload
 
-#: Depth of the contracted dim at which a matmul reaches half of its rate: efficiency ~ K / (K + this).
-HALF_RATE_DEPTH = 110.0  # [fit: measured_runs.csv]
-
-#: The same for batched products of activations (unfused attention), and their rate over that of a weight's matmul.
-BATCHED_HALF_RATE_DEPTH = 64.0  # [fit: measured_runs.csv]
-BATCHED_RATE = 0.67  # [fit: measured_runs.csv] .58 over .865 on A100
-
-#: Rate of a batched product that has a matrix dim which is no multiple of 8, over that of one that has none: tensor
-#: cores want 16 bytes (heads of 108 or 150 numbers in published runs).
+#: A matrix dim that is no multiple of this many 16-bit numbers (16 bytes) is slow on tensor cores.
 ALIGNMENT = 8
-UNALIGNED_RATE = 0.08  # [fit: measured_runs.csv]
-
-#: Time of the backward over the forward: two products for one; fused attention recomputes its scores (2.5 products
-#: at .69 of the forward's rate); memory-bound operators read two operands where they read one.
-CONTRACTION_BACKWARD = 2.0  # [derived]
-ATTENTION_BACKWARD = 2.5 / 0.69  # [fit: measured_runs.csv]
-MEMORY_BACKWARD = 1.4  # [fit: measured_runs.csv]
 
 #: Shares of nominal where a device's file has none.
 GENERIC_EFFICIENCY = {"matmul": 0.7, "attention": 0.4, "memory": 0.75}  # [derived] the middle of what was fitted
@@ -44,91 +30,139 @@ GENERIC_EFFICIENCY = {"matmul": 0.7, "attention": 0.4, "memory": 0.75}  # [deriv
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """What a device really does: FLOP/s of deep matmuls and of fused attention, B/s of memory-bound kernels."""
+    """What a device really does: FLOP/s of deep matmuls, of the layers' products (in their own type where the workload
+    has one) and of fused attention, B/s of memory-bound kernels; `peak_flops` is what utilisation refers to."""
 
-    peak_flops: float
-    matmul_flops: float
-    attention_flops: float
-    memory_Bps: float
+    peak_flops: Any
+    matmul_flops: Any
+    product_flops: Any
+    attention_flops: Any
+    memory_Bps: Any
 
 
-def device_rates(device: Device, precision: str) -> DeviceRates:
-    """Rates of a device in a precision; one that it lacks runs at the rate of float32, or of its slowest type."""
-    peaks = device.peak_flops
-    fallback = peaks.get("float16") if precision == "bfloat16" else peaks.get("float32")
-    peak = (peaks.get(precision) or fallback or min(peaks.values(), key=lambda quantity: quantity.value)).value
-    share = {
-        name: device.efficiency[name].value if name in device.efficiency else generic
-        for name, generic in GENERIC_EFFICIENCY.items()
-    }
+def device_rates(device: Device, workload: Workload) -> DeviceRates:
+    """Rates of a device for a workload's precision."""
+    peak = peak_flops(device, workload.precision)
+    products = workload.product_precision if workload.product_precision in device.peak_flops else workload.precision
+    product_peak = peak_flops(device, products)
     return DeviceRates(
-        peak_flops=peak,
-        matmul_flops=peak * share["matmul"],
-        attention_flops=peak * share["attention"],
-        memory_Bps=device.memory_bandwidth_Bps.value * share["memory"],
+        peak_flops=max(peak, product_peak),
+        matmul_flops=peak * efficiency(device, "matmul"),
+        product_flops=product_peak * efficiency(device, "matmul", products),
+        attention_flops=peak * efficiency(device, "attention"),
+        memory_Bps=device.memory_bandwidth_Bps.value * efficiency(device, "memory"),
     )
 
 
-def precision_assumptions(device: Device, precision: str) -> tuple[str, ...]:
+def peak_flops(device: Device, precision: str) -> float:
+    """The dense peak in a precision; a device that lacks it runs at that of float32, or of its slowest type."""
+    peaks = device.peak_flops
+    fallback = peaks.get("float16") if precision == "bfloat16" else peaks.get("float32")
+    return (peaks.get(precision) or fallback or min(peaks.values(), key=lambda quantity: quantity.value)).value
+
+
+def efficiency(device: Device, kind: str, dtype: str = "") -> float:
+    """The share of nominal that a device reaches: in a type of its own (`matmul float8`) where its file says so."""
+    for name in (f"{kind} {dtype}", kind):
+        if name in device.efficiency:
+            return device.efficiency[name].value
+    return GENERIC_EFFICIENCY[kind]
+
+
+def precision_assumptions(device: Device, workload: Workload) -> tuple[str, ...]:
     """What `device_rates` assumed where the device's file has no peak for a precision."""
-    if precision in device.peak_flops:
-        return ()
-    peak = device_rates(device, precision).peak_flops
-    return (f"{device.name} states no peak for {precision}: taken as {peak / 1e12:.4g} TFLOP/s, that of another type",)
+    assumed = []
+    if workload.precision not in device.peak_flops:
+        peak = peak_flops(device, workload.precision) / 1e12
+        assumed.append(
+            f"{device.name} states no peak for {workload.precision}: taken as {peak:.4g} TFLOP/s, that of another type"
+        )
+    if workload.product_precision and workload.product_precision not in device.peak_flops:
+        assumed.append(f"{device.name} has no {workload.product_precision}: products in {workload.precision}")
+    return tuple(assumed)
 
 
 @dataclass(frozen=True)
 class OperatorPrice:
-    """One operator on one rank: FLOPs of its forward, and seconds of its forward and backward, split by what bounds
-    them: `math_s` for contractions, `memory_s` for memory-bound operators."""
+    """One operator on one rank: FLOPs and bytes of its forward, and seconds of its forward and backward."""
 
     name: str
     flops: Any
     bytes: Any
-    math_s: Any
-    memory_s: Any
-    math_backward_s: Any
-    memory_backward_s: Any
+    forward_s: Any
+    backward_s: Any
+
+
+Prices = tuple[OperatorPrice, ...]
+
+
+@dataclass(frozen=True)
+class Pricing:
+    """What every operator is priced with: rates, software, constants, and the sizes that dims and axes have.
+
+    `sizes` of all dims by the block's names (batch: sequences of a microbatch on all data-parallel ranks), `degrees`
+    of all mesh axes outermost first; numbers, or columns of one length. Of the workload only types are read."""
+
+    rates: DeviceRates
+    engine: Engine
+    constants: Constants
+    workload: Workload
+    sizes: Mapping[str, Any]
+    degrees: Mapping[str, Any]
+
+
+def price_operators(layouts: Sequence[OperatorLayout], block: Block, pricing: Pricing, *, is_end: bool) -> Prices:
+    """Price the operators of a block under their splits; see `price_operator`."""
+    peers: dict[Hashable, list[OperatorLayout]] = {}
+    for layout in layouts:
+        peers.setdefault(_fused_with(block, layout.operator), []).append(layout)
+    return tuple(
+        price_operator(block, layout, pricing, peers[_fused_with(block, layout.operator)], is_end=is_end)
+        for layout in layouts
+    )
+
+
+def _fused_with(block: Block, operator: Operator) -> Hashable:
+    """Products of one tensor with several weights (q, k and v; gate and up) run as one: what they have in common."""
+    has_weight = any(block.tensor[name].role is Role.PARAMETER for name in operator.inputs)
+    if not operator.contractions or not has_weight:
+        return operator.name
+    return (operator.inputs[0], operator.contracted)
 
 
 def price_operator(
-    block: Block,
-    layout: OperatorLayout,
-    sizes: Mapping[str, Any],
-    degrees: Mapping[str, Any],
-    rates: DeviceRates,
-    engine: Engine,
-    workload: Workload,
+    block: Block, layout: OperatorLayout, pricing: Pricing, peers: Sequence[OperatorLayout] = (), *, is_end: bool
 ) -> OperatorPrice:
-    """Price one operator of a block under its split."""
-    operator = layout.operator
-    local = local_dims(block, layout, sizes, degrees)
-    num_bytes = operand_bytes(block, layout, sizes, degrees, workload)
-    flops = sum(2 * math.prod(local[dim] for dim in product.split()) for product in operator.contractions)
-    traffic_s = num_bytes / rates.memory_Bps
+    """Price one operator of a block under its split.
+
+    `peers` are the products that run in one kernel with it, itself among them. Products of the ends of a model are
+    never in a smaller type."""
+    operator, constants = layout.operator, pricing.constants
+    local = local_dims(block, layout, pricing)
+    num_bytes = operand_bytes(block, layout, pricing)
+    traffic_s = num_bytes / pricing.rates.memory_Bps
+    if operator.kind == "attention":
+        return _attention(operator, local, num_bytes, pricing)
     if operator.contractions:
-        math_s = np.maximum(flops / contraction_rate(block, operator, local, rates), traffic_s)
-        backward = ATTENTION_BACKWARD if operator.kind == "attention" else CONTRACTION_BACKWARD
-        return OperatorPrice(operator.name, flops, num_bytes, math_s, 0.0, backward * math_s, 0.0)
-    memory_s = 0.0 * traffic_s if operator.kind in engine.fused_kinds else engine.traffic_factor * traffic_s
-    return OperatorPrice(operator.name, flops, num_bytes, 0.0, memory_s, 0.0, MEMORY_BACKWARD * memory_s)
+        return _product(block, layout, peers or [layout], num_bytes, pricing, is_end=is_end)
+    if operator.kind in pricing.engine.fused_kinds:
+        return OperatorPrice(operator.name, 0, num_bytes, 0.0 * traffic_s, 0.0 * traffic_s)
+    passes = {"cross_entropy": pricing.engine.loss_passes, "softmax": constants.softmax_passes}.get(operator.kind, 1.0)
+    forward_s = pricing.engine.traffic_factor * passes * traffic_s + constants.kernel_s
+    return OperatorPrice(operator.name, 0, num_bytes, forward_s, constants.memory_backward * forward_s)
 
 
-def local_dims(
-    block: Block, layout: OperatorLayout, sizes: Mapping[str, Any], degrees: Mapping[str, Any]
-) -> dict[str, Any]:
+def local_dims(block: Block, layout: OperatorLayout, pricing: Pricing) -> dict[str, Any]:
     """Size of each dim of an operator on the fullest rank, by the operator's names."""
     aliases = block.dim_aliases(layout.operator)
     local = {}
     for dim in layout.operator.dims:
-        degree = math.prod(degrees[axis] for axis, split_dim in layout.split.items() if split_dim == dim)
-        local[dim] = -(-sizes[aliases[dim]] // degree)
+        degree = math.prod(pricing.degrees[axis] for axis, split_dim in layout.split.items() if split_dim == dim)
+        local[dim] = -(-pricing.sizes[aliases[dim]] // degree)
     return local
 
 
-def operand_bytes(
-    block: Block, layout: OperatorLayout, sizes: Mapping[str, Any], degrees: Mapping[str, Any], workload: Workload
-) -> Any:
+def operand_bytes(block: Block, layout: OperatorLayout, pricing: Pricing) -> Any:
     """Bytes of an operator's local operands and results, each once; of a gathered table the rows that are read."""
     operator = layout.operator
     operands = zip((*operator.inputs, *operator.outputs), (*layout.inputs, *layout.outputs), strict=True)
@@ -137,24 +171,101 @@ def operand_bytes(
         tensor = block.tensor[name]
         gathered = tensor.role is Role.PARAMETER and operator.kind in ("embedding", "position_embedding")
         if not gathered:
-            total = total + local_numel(tensor.dims, placements, sizes, degrees) * workload.bytes_of(tensor.dtype)
+            numel = local_numel(tensor.dims, placements, pricing.sizes, pricing.degrees)
+            total = total + numel * pricing.workload.bytes_of(tensor.dtype)
     return total
 
 
-def contraction_rate(block: Block, operator: Operator, local: Mapping[str, Any], rates: DeviceRates) -> Any:
-    """FLOP/s of a contraction by the depth of what it contracts; fused attention by its own rate.
+def _attention(operator: Operator, local: Mapping[str, Any], num_bytes: Any, pricing: Pricing) -> OperatorPrice:
+    """Fused attention: of the full square that is counted, a causal or windowed mask leaves a share to be done."""
+    flops = _flops(operator, local)
+    done = flops * attended_share(operator, local)
+    forward_s = np.maximum(done / pricing.rates.attention_flops, num_bytes / pricing.rates.memory_Bps)
+    forward_s = forward_s + pricing.constants.kernel_s
+    return OperatorPrice(operator.name, flops, num_bytes, forward_s, pricing.constants.attention_backward * forward_s)
 
-    Counting the full square, causal fused attention does its work in half of the time.
+
+def attended_share(operator: Operator, local: Mapping[str, Any]) -> Any:
+    """Share of the square of queries and keys that a mask leaves: half where causal, and a band of a window's width.
+
+    With w keys of s seen by each query, causal: (s w - w^2 / 2) / s^2, which is a half for w = s.
     """
-    if operator.kind == "attention":
-        return rates.attention_flops * (2.0 if operator.attributes.get("causal") else 1.0)
-    product = operator.contractions[0].split()
-    depth = math.prod(local[dim] for dim in product if dim in operator.contracted)
-    if any(block.tensor[name].role is Role.PARAMETER for name in operator.inputs):
-        return rates.matmul_flops * depth / (depth + HALF_RATE_DEPTH)
+    if not operator.attributes.get("causal"):
+        return 1.0
+    window = int(operator.attributes.get("window", 0))
+    if not window:
+        return 0.5
+    share = np.minimum(window / local["kv_seq"], 1.0)
+    return share * (1 - share / 2)
+
+
+def _product(
+    block: Block,
+    layout: OperatorLayout,
+    peers: Sequence[OperatorLayout],
+    num_bytes: Any,
+    pricing: Pricing,
+    *,
+    is_end: bool,
+) -> OperatorPrice:
+    """A contraction: forward over its contracted dims, backward one product for each operand, over the dims that it
+    lacks; each at the rate of its own depth and area, or as memory traffic where that takes longer."""
+    operator, local = layout.operator, local_dims(block, layout, pricing)
+    constants = pricing.constants
+    flops = _flops(operator, local)
+    traffic_s = num_bytes / pricing.rates.memory_Bps
+    rate, half_depth = _rate(block, operator, local, pricing, is_end=is_end)
+    product = frozenset(operator.contractions[0].split()) & frozenset(local)
+    share = _width(operator, local) / sum(_width(peer.operator, local_dims(block, peer, pricing)) for peer in peers)
+
+    def seconds(results: frozenset[str], joint_depth: bool) -> Any:
+        depth = _numel(product - results, local) / (share if joint_depth else 1)
+        area = _numel(results, local) / (1 if joint_depth else share)
+        slowed = (1 + half_depth / depth) * (1 + constants.half_rate_area / area)
+        return np.maximum(flops / rate * slowed, traffic_s) + constants.kernel_s * share
+
+    weights = [block.tensor[name].role is Role.PARAMETER for name in operator.inputs]
+    backward = [
+        seconds(frozenset(dims) & product, not is_weight)
+        for dims, is_weight in zip(operator.input_dims, weights, strict=True)
+    ]
+    return OperatorPrice(operator.name, flops, num_bytes, seconds(product - operator.contracted, False), sum(backward))
+
+
+def _numel(dims: Iterable[str], local: Mapping[str, Any]) -> Any:
+    return math.prod(local[dim] for dim in sorted(dims))
+
+
+def _width(operator: Operator, local: Mapping[str, Any]) -> Any:
+    """Columns of a product with a weight: elements of the result over those of what the weight is multiplied with."""
+    outputs = frozenset(operator.output_dims[0])
+    return _numel(outputs - frozenset(operator.input_dims[0]), local)
+
+
+def _flops(operator: Operator, local: Mapping[str, Any]) -> Any:
+    return sum(2 * math.prod(local[dim] for dim in product.split()) for product in operator.contractions)
+
+
+def _rate(
+    block: Block, operator: Operator, local: Mapping[str, Any], pricing: Pricing, *, is_end: bool
+) -> tuple[Any, float]:
+    """FLOP/s of a product of great depth, and the depth of half of that rate."""
+    rates, constants = pricing.rates, pricing.constants
+    factor = pricing.engine.matmul_factor
+    weights = [
+        dims
+        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
+        if block.tensor[name].role is Role.PARAMETER
+    ]
+    if weights:
+        rate = factor * (rates.matmul_flops if is_end else rates.product_flops)
+        outputs = {dim for dims in operator.output_dims for dim in dims}
+        others = {dim for dims in operator.input_dims if dims not in weights for dim in dims}
+        is_grouped = bool(set(weights[0]) & others & outputs)  # a weight of its own for each of a dim: routed experts
+        return (rate * constants.grouped_rate if is_grouped else rate), constants.half_rate_depth
     unaligned = sum(size % ALIGNMENT != 0 for size in _matrix_sizes(operator, local)) > 0
-    aligned_rate = rates.matmul_flops * BATCHED_RATE * depth / (depth + BATCHED_HALF_RATE_DEPTH)
-    return np.where(unaligned, UNALIGNED_RATE, 1.0) * aligned_rate
+    rate = factor * rates.matmul_flops * constants.batched_rate
+    return np.where(unaligned, constants.unaligned_rate, 1.0) * rate, constants.batched_half_rate_depth
 
 
 def _matrix_sizes(operator: Operator, local: Mapping[str, Any]) -> list[Any]:
@@ -163,4 +274,4 @@ def _matrix_sizes(operator: Operator, local: Mapping[str, Any]) -> list[Any]:
     for dims in operator.input_dims:
         others = {dim for other in operator.input_dims if other is not dims for dim in other}
         found.append(frozenset(dims) - others - operator.contracted)
-    return [math.prod(local[dim] for dim in sorted(dims)) for dims in found if dims]
+    return [_numel(dims, local) for dims in found if dims]

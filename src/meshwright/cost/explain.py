@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cluster import Cluster
-from meshwright.cost.analytic import estimate_of, single_strategy
+from meshwright.cost.analytic import Case, estimate_of, evaluate_cases
 from meshwright.cost.block import attributed, kept_names, price_transfer
 from meshwright.cost.layouts import PricedLayouts, state_bytes
 from meshwright.cost.stages import rank_table
@@ -69,19 +69,19 @@ class _Context:
 
 def explain(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workload, engine: Engine) -> Explanation:
     """Explain a legal strategy's estimate."""
-    priced, states, columns = single_strategy(graph, cluster, strategy, workload, engine)
-    estimate = estimate_of(columns, 0, cluster, workload)
+    found = evaluate_cases([Case(graph, cluster, strategy, workload, engine)])
+    priced, states, columns = found.priced, found.states, found.columns
+    estimate = estimate_of(found, 0)
     turns = strategy.num_microbatches(workload)
-    slow = _counts(graph, strategy, int(columns.slowest_rank[0]))
-    context = _Context(graph, strategy, workload, priced, states, slow, turns)
+    slowest, worst = (int(np.ravel(rank)[0]) for rank in (columns.slowest_rank, columns.worst_rank))
+    context = _Context(graph, strategy, workload, priced, states, _counts(graph, strategy, slowest), turns)
     time = Leaf(
         "step time",
         estimate.step_time_s,
         "s",
-        f"pipeline rank {int(columns.slowest_rank[0])}, {turns} microbatches",
+        f"pipeline rank {slowest}, {turns} microbatches",
         tuple(_time_leaf(context, name, value) for name, value in estimate.time.items() if value > 0),
     )
-    worst = int(columns.worst_rank[0])
     context = _Context(graph, strategy, workload, priced, states, _counts(graph, strategy, worst), turns)
     memory = Leaf(
         "peak memory",
@@ -96,7 +96,7 @@ def explain(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Worklo
 def _counts(graph: Graph, strategy: Strategy, rank: int) -> dict[str, int]:
     own = [stage for stage in strategy.stages if stage.pipeline_rank == rank]
     table = rank_table(graph, [own])
-    return {name: int(count) for name, count in zip(table.blocks, table.counts_TKB[0, 0], strict=True) if count}
+    return {name: int(count) for name, count in zip(table.blocks, table.counts_BKT[:, 0, 0], strict=True) if count}
 
 
 def _scalar(value: Any) -> float:
@@ -125,6 +125,7 @@ _TIME_NOTES = {
     "bubble": "the slowest rank waits for the pipeline to fill and drain",
     "optimizer": "memory traffic of the update",
     "exposed_pp": "messages between stages",
+    "stall": "messages between stages that block, a fault of the engine",
 }
 
 
@@ -134,15 +135,11 @@ def _compute_leaves(context: _Context) -> Iterator[Leaf]:
         price, times = context.priced.blocks[name], count * context.turns
         leaves = []
         for operator in price.operators:
-            forward, backward = (
-                operator.math_s + operator.memory_s,
-                operator.math_backward_s + operator.memory_backward_s,
-            )
             note = f"{format_flops(_scalar(operator.flops))}, " if _scalar(operator.flops) else ""
             leaves.append(
                 Leaf(
                     operator.name,
-                    times * _scalar(forward + backward),
+                    times * _scalar(operator.forward_s + operator.backward_s),
                     "s",
                     f"{note}{format_bytes(_scalar(operator.bytes))} forward",
                 )
@@ -173,9 +170,7 @@ def _transfer_leaves(context: _Context, root: str, total: float) -> Iterator[Lea
             if not booked or root_axis(booked[0]) != root:
                 continue
             again = context.strategy.recompute[name] is Recompute.FULL and transfer.phase is Phase.FORWARD
-            sent, took_s = price_transfer(
-                layout, transfer, priced.sizes(), priced.degrees, priced.machine, context.workload
-            )
+            sent, took_s = price_transfer(layout, transfer, priced.pricing, priced.machine.levels)
             seconds = share * _scalar(took_s) * count * context.turns * (2 if again else 1)
             known += seconds
             note = f"{transfer.phase.value}, {format_bytes(_scalar(sent))} each over {'+'.join(transfer.step.axes)}"
@@ -234,7 +229,7 @@ def _kept_leaves(context: _Context, total: float) -> Iterator[Leaf]:
         for name in kept_names(layout, context.strategy.recompute[block]):
             tensor = layout.block.tensor[name]
             placements = layout.kept.get(name, layout.made[name])
-            numel = local_numel(tensor.dims, placements, priced.sizes(), priced.degrees)
+            numel = local_numel(tensor.dims, placements, priced.pricing.sizes, priced.degrees)
             found.append((block, name, count * _scalar(numel) * context.workload.bytes_of(tensor.dtype)))
     whole = sum(size for _, _, size in found)
     for block, name, size in sorted(found, key=lambda item: -item[2]):
@@ -253,7 +248,7 @@ def _placements(context: _Context) -> Iterator[TensorPlacement]:
 
 def _placement(context: _Context, block: Block, layout: BlockLayout, name: str) -> TensorPlacement:
     made: Placements = layout.made[name]
-    sizes, degrees = context.priced.sizes(), context.priced.degrees
+    sizes, degrees = context.priced.pricing.sizes, context.priced.degrees
     return TensorPlacement(
         block.name,
         name,

@@ -1,4 +1,7 @@
-"""Prepared once, applied many times: every block of a model priced for U layouts (degrees and microbatch)."""
+"""Prepared once, applied many times: every block of a model priced for U layouts (degrees and microbatch).
+
+A layout column may as well be a list of runs: models of one structure and of any sizes, priced together.
+"""
 
 from __future__ import annotations
 
@@ -8,52 +11,61 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from meshwright.cluster import Cluster
-from meshwright.cost.block import (
-    BlockPrice,
-    Communication,
-    Machine,
-    StatePrice,
-    price_block,
-    price_state,
-    price_step,
-)
-from meshwright.cost.compute import device_rates
+from meshwright.cluster import Cluster, Level
+from meshwright.cost.block import BlockPrice, Communication, StatePrice, price_block, price_state, price_step
+from meshwright.cost.comm import Wires, wires
+from meshwright.cost.compute import DeviceRates, Pricing, device_rates
+from meshwright.cost.constants import Constants, constants
 from meshwright.engine import Engine
 from meshwright.graph import Graph, Tensor
-from meshwright.sharding import (
-    BlockLayout,
-    StatePlacement,
-    Step,
-    group_size,
-    local_numel,
-    redistribution,
-    wanted_gradient,
-)
+from meshwright.sharding import BlockLayout, StatePlacement, Step, local_numel, redistribution, wanted_gradient
 from meshwright.strategy import degree_of
 from meshwright.workload import Workload
 
 
 @dataclass(frozen=True)
+class Machine:
+    """Everything about hardware and software that pricing needs."""
+
+    rates: DeviceRates
+    levels: Wires
+    engine: Engine
+    constants: Constants
+
+
+def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Constants | None = None) -> Machine:
+    """What pricing needs of a cluster and an engine; the constants are the package's unless given."""
+    known = known or constants()
+    return Machine(device_rates(cluster.slowest_device, workload), wires_of(cluster.hierarchy(), known), engine, known)
+
+
+def wires_of(levels: Sequence[Level], known: Constants) -> Wires:
+    """A hierarchy's levels as messages meet them."""
+    return wires(levels, known.inner_link_share, known.outer_link_share, known.crossing_falloff)
+
+
+@dataclass(frozen=True)
 class PricedLayouts:
-    """Every block priced under one set of splits, for U layouts."""
+    """Every block priced under one set of splits, for U layouts.
+
+    `graph` gives the structure and `pricing` the sizes of its dims, of a microbatch of all data-parallel ranks."""
 
     graph: Graph
-    workload: Workload
-    machine: Machine
     layouts: Mapping[str, BlockLayout]
-    degrees: Mapping[str, Any]
+    machine: Machine
+    pricing: Pricing
     microbatch: Any
     blocks: Mapping[str, BlockPrice]
 
-    def sizes(self) -> dict[str, Any]:
-        """Sizes of all dims, the batch being a microbatch of all data-parallel ranks together."""
-        return self.graph.sizes(self.microbatch * degree_of("dp", self.degrees), self.workload.seq_len)
+    @property
+    def degrees(self) -> Mapping[str, Any]:
+        """Sizes of all mesh axes, outermost first."""
+        return self.pricing.degrees
 
-
-def machine_of(cluster: Cluster, engine: Engine, precision: str) -> Machine:
-    """What pricing needs of a cluster and an engine."""
-    return Machine(device_rates(cluster.slowest_device, precision), cluster.hierarchy(), engine)
+    @property
+    def workload(self) -> Workload:
+        """The workload, of which prices know the types alone."""
+        return self.pricing.workload
 
 
 def price_layouts(
@@ -65,18 +77,45 @@ def price_layouts(
     workload: Workload,
 ) -> PricedLayouts:
     """Price all blocks; `degrees` of all mesh axes outermost first and `microbatch`, as columns of length U."""
-    priced = PricedLayouts(graph, workload, machine, layouts, degrees, microbatch, {})
-    sizes = priced.sizes()
-    blocks = {name: price_block(layout, sizes, degrees, machine, workload) for name, layout in layouts.items()}
-    return _with_handovers(replace(priced, blocks=blocks))
+    sizes = graph.sizes(microbatch * degree_of("dp", degrees), workload.seq_len)
+    return price_sized(graph, layouts, sizes, handover_shares(graph), degrees, microbatch, machine, workload)
 
 
-def _with_handovers(priced: PricedLayouts) -> PricedLayouts:
+def price_sized(
+    graph: Graph,
+    layouts: Mapping[str, BlockLayout],
+    sizes: Mapping[str, Any],
+    shares: Mapping[tuple[str, str], Any],
+    degrees: Mapping[str, Any],
+    microbatch: Any,
+    machine: Machine,
+    workload: Workload,
+) -> PricedLayouts:
+    """Price all blocks of a structure whose dims have the given `sizes` and whose blocks follow one another by
+    `handover_shares`; all numbers or columns of length U."""
+    pricing = Pricing(machine.rates, machine.engine, machine.constants, workload, sizes, degrees)
+    ends = end_blocks(graph)
+    blocks = {
+        name: price_block(layout, pricing, machine.levels, is_end=name in ends) for name, layout in layouts.items()
+    }
+    return _with_handovers(PricedLayouts(graph, layouts, machine, pricing, microbatch, blocks), shares)
+
+
+def end_blocks(graph: Graph) -> frozenset[str]:
+    """The first and the last block of a model, where they are not layers like the others."""
+    return frozenset(name for name in (graph.sequence[0], graph.sequence[-1]) if graph.counts[name] == 1)
+
+
+def handover_shares(graph: Graph) -> dict[tuple[str, str], float]:
+    """How often each block follows each other one, over the instances of the one that follows."""
+    return {pair: count / graph.counts[pair[1]] for pair, count in Counter(pairwise(graph.sequence)).items()}
+
+
+def _with_handovers(priced: PricedLayouts, shares: Mapping[tuple[str, str], Any]) -> PricedLayouts:
     """Where a block takes its input under another placement than the block before leaves it, the block pays for the
     move, both ways; spread over its instances where only some of them stand behind such a block."""
     graph, blocks = priced.graph, dict(priced.blocks)
-    for (before, after), count in Counter(pairwise(graph.sequence)).items():
-        share = count / graph.counts[after]
+    for (before, after), share in shares.items():
         handed = zip(priced.layouts[before].boundary, graph.block[after].inputs, strict=True)
         for (name, source), taken in handed:
             target = priced.layouts[after].made[taken]
@@ -92,22 +131,21 @@ def _with_handovers(priced: PricedLayouts) -> PricedLayouts:
 
 
 def _moved(
-    priced: PricedLayouts, known: Communication, tensor: Tensor, steps: Sequence[Step], share: float
+    priced: PricedLayouts, known: Communication, tensor: Tensor, steps: Sequence[Step], share: Any
 ) -> Communication:
     bytes_, seconds = dict(known.bytes), dict(known.seconds)
     for step in steps:
-        numel = local_numel(tensor.dims, step.larger, priced.sizes(), priced.degrees)
+        numel = local_numel(tensor.dims, step.larger, priced.pricing.sizes, priced.degrees)
         size = numel * priced.workload.bytes_of(tensor.dtype)
-        sent, took_s = price_step(step, size, priced.degrees, priced.machine)
+        sent, took_s = price_step(step, size, priced.pricing, priced.machine.levels)
         bytes_[step.axes] = bytes_.get(step.axes, 0.0) + share * sent
         seconds[step.axes] = seconds.get(step.axes, 0.0) + share * took_s
-    return Communication(bytes_, seconds)
+    return replace(known, bytes=bytes_, seconds=seconds)
 
 
 def price_states(priced: PricedLayouts, state: StatePlacement) -> dict[str, StatePrice]:
     """The training state of all blocks under one placement."""
-    sizes = priced.sizes()
-    return {name: price_state(layout, state, sizes, priced.degrees) for name, layout in priced.layouts.items()}
+    return {name: price_state(layout, state, priced.pricing) for name, layout in priced.layouts.items()}
 
 
 @dataclass(frozen=True)
@@ -129,8 +167,3 @@ def state_bytes(engine: Engine, workload: Workload) -> StateBytes:
         gradient=workload.bytes_of(engine.gradient_dtype) if size < 4 else size,
         optimizer=2 * max(moment, 4 if master else 0) + (4 if master else 0),
     )
-
-
-def state_shards(priced: PricedLayouts, state: StatePlacement) -> Any:
-    """Into how many pieces training state is cut where it is cut."""
-    return group_size(state.axes, priced.degrees)

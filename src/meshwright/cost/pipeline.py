@@ -1,7 +1,7 @@
 """How long a pipeline takes, in closed form.
 
-Legend: R strategies, K kinds of rank. `rank_time_RK` is the seconds of forward and backward of one microbatch on a
-rank, all of its stages together; `count_RK` how many ranks are of that kind.
+Legend: K kinds of rank, the leading dim of every array that has one. `forward_K` and `backward_K` are the seconds of
+one microbatch on a rank, all of its stages together; `count_K` how many ranks are of that kind.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import numpy as np
 
 def pipeline_time(
     schedule: str,
-    forward_RK: Any,
-    backward_RK: Any,
-    count_RK: Any,
+    forward_K: Any,
+    backward_K: Any,
+    count_K: Any,
     num_virtual: Any,
     num_microbatches: Any,
 ) -> Any:
@@ -29,16 +29,16 @@ def pipeline_time(
     """
     m = num_microbatches
     if schedule == "GPipe":
-        return _passes(forward_RK, count_RK, m) + _passes(backward_RK, count_RK, m)
-    rank_time_RK = forward_RK + backward_RK
+        return _passes(forward_K, count_K, m) + _passes(backward_K, count_K, m)
+    rank_time_K = forward_K + backward_K
     if schedule == "1F1B":
-        return _passes(rank_time_RK, count_RK, m)
-    slowest = rank_time_RK.max(axis=-1)
-    num_ranks = count_RK.sum(axis=-1)
-    others = ((rank_time_RK * count_RK).sum(axis=-1) - slowest) / num_virtual
+        return _passes(rank_time_K, count_K, m)
+    slowest = rank_time_K.max(axis=0)
+    num_ranks = count_K.sum(axis=0)
+    others = ((rank_time_K * count_K).sum(axis=0) - slowest) / num_virtual
     short = np.maximum(num_ranks - m, 0) * (num_virtual - 1) * slowest / num_virtual
     return m * slowest + others + short
 
 
-def _passes(time_RK: Any, count_RK: Any, num_microbatches: Any) -> Any:
-    return (time_RK * count_RK).sum(axis=-1) + (num_microbatches - 1) * time_RK.max(axis=-1)
+def _passes(time_K: Any, count_K: Any, num_microbatches: Any) -> Any:
+    return (time_K * count_K).sum(axis=0) + (num_microbatches - 1) * time_K.max(axis=0)

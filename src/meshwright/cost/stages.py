@@ -1,6 +1,7 @@
-"""Who holds which blocks: pipeline ranks of a kind folded, and block columns summed over what each kind holds.
+"""Who holds which blocks: pipeline ranks of a kind folded, and block prices summed over what each kind holds.
 
-Legend of shape suffixes: T rank tables, R strategies, K kinds of pipeline rank (padded), B kinds of block, U layouts.
+Legend of shape suffixes: T rank tables, K kinds of pipeline rank (padded), B kinds of block, U layouts; Z placements of
+state, C choices of recomputation, M members (a layout, a rank table, a number of microbatches).
 """
 
 from __future__ import annotations
@@ -11,44 +12,47 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.layouts import PricedLayouts
 from meshwright.graph import Graph
-from meshwright.sharding import StatePlacement
-from meshwright.strategy import Recompute, Stage
+from meshwright.strategy import Stage
 
 
 @dataclass(frozen=True)
 class RankTable:
     """What each kind of pipeline rank holds: blocks by kind, its first rank, and how many ranks are like it.
 
-    Leading shape: T tables; `counts_TKB` block instances, `first_TK`, `ranks_TK` (0: padding)."""
+    T tables; `counts_BKT` block instances, `first_KT`, `ranks_KT` (0: padding)."""
 
     blocks: tuple[str, ...]
-    counts_TKB: np.ndarray[Any, Any]
-    first_TK: np.ndarray[Any, Any]
-    ranks_TK: np.ndarray[Any, Any]
+    counts_BKT: np.ndarray[Any, Any]
+    first_KT: np.ndarray[Any, Any]
+    ranks_KT: np.ndarray[Any, Any]
 
 
 def rank_table(graph: Graph, stage_lists: Sequence[Sequence[Stage]]) -> RankTable:
-    """The table of each list of stages, equal ranks folded; entries are padded to the longest."""
-    names = tuple(block.name for block in graph.blocks)
-    folded = [_fold(graph, names, stages) for stages in stage_lists]
+    """The table of each list of stages of one model; see `rank_table_of`."""
+    return rank_table_of(tuple(block.name for block in graph.blocks), [(graph.sequence, own) for own in stage_lists])
+
+
+def rank_table_of(names: Sequence[str], staged: Sequence[tuple[Sequence[str], Sequence[Stage]]]) -> RankTable:
+    """The table of each sequence of blocks with its stages, equal ranks folded; entries are padded to the longest."""
+    folded = [_fold(sequence, names, stages) for sequence, stages in staged]
     width = max(len(rows) for rows in folded)
-    counts = np.zeros((len(folded), width, len(names)), dtype=np.int64)
-    first, ranks = np.zeros((2, len(folded), width), dtype=np.int64)
+    counts = np.zeros((len(names), width, len(folded)))
+    first, ranks = np.zeros((2, width, len(folded)), dtype=np.int64)
     for table, rows in enumerate(folded):
         for kind, (row, members) in enumerate(rows.items()):
-            counts[table, kind], first[table, kind], ranks[table, kind] = row, members[0], len(members)
-    return RankTable(names, counts, first, ranks)
+            counts[:, kind, table], first[kind, table], ranks[kind, table] = row, members[0], len(members)
+    return RankTable(tuple(names), counts, first, ranks)
 
 
-def _fold(graph: Graph, names: Sequence[str], stages: Sequence[Stage]) -> dict[tuple[int, ...], list[int]]:
+def _fold(sequence: Sequence[str], names: Sequence[str], stages: Sequence[Stage]) -> dict[tuple[int, ...], list[int]]:
     held: dict[int, list[int]] = {}
+    index = {name: position for position, name in enumerate(names)}
     for stage in stages:
         row = held.setdefault(stage.pipeline_rank, [0] * len(names))
         for part in stage.blocks:
-            for name in graph.sequence[part.start : part.stop]:
-                row[names.index(name)] += 1
+            for name in sequence[part.start : part.stop]:
+                row[index[name]] += 1
     folded: dict[tuple[int, ...], list[int]] = {}
     for rank in sorted(held):
         folded.setdefault(tuple(held[rank]), []).append(rank)
@@ -56,50 +60,71 @@ def _fold(graph: Graph, names: Sequence[str], stages: Sequence[Stage]) -> dict[t
 
 
 @dataclass(frozen=True)
-class Family:
-    """R strategies that differ in numbers alone. `layout_R` and `table_R` point into the layouts and rank tables."""
+class Members:
+    """M strategies of one schedule that differ in numbers alone. `layout_M` and `table_M` point into the layouts and
+    rank tables."""
 
-    state: StatePlacement
     schedule: str
-    recompute: Mapping[str, Recompute]
-    layout_R: Any
-    table_R: Any
-    num_virtual_R: Any
-    num_microbatches_R: Any
+    layout_M: Any
+    table_M: Any
+    num_virtual_M: Any
+    num_microbatches_M: Any
+
+    def part(self, members: slice) -> Members:
+        """Some of them."""
+        columns = (self.layout_M, self.table_M, self.num_virtual_M, self.num_microbatches_M)
+        return Members(self.schedule, *(column[members] for column in columns))
 
 
 class Rows:
-    """Sums block columns (U) over the blocks that each kind of rank holds (R x K)."""
+    """Sums layout columns (Z x C x U) over the blocks that each kind of rank holds (K x Z x C x M)."""
 
-    def __init__(self, tables: RankTable, family: Family, priced: PricedLayouts) -> None:
+    def __init__(self, tables: RankTable, members: Members) -> None:
         self.blocks = tables.blocks
-        self.counts_RKB = tables.counts_TKB[family.table_R]
-        self.first_RK = tables.first_TK[family.table_R]
-        self.ranks_RK = tables.ranks_TK[family.table_R]
-        self.layout_R = family.layout_R
-        self.num_layouts = len(np.atleast_1d(priced.microbatch))
+        self.counts_BKM = tables.counts_BKT[:, :, members.table_M]
+        self.first_KM = tables.first_KT[:, members.table_M]
+        self.ranks_KM = tables.ranks_KT[:, members.table_M]
+        self.layout_M = members.layout_M
 
     def column(self, values_U: Any) -> Any:
-        """A layout column as a strategy column."""
-        return np.broadcast_to(np.asarray(values_U, dtype=float), (self.num_layouts,))[self.layout_R]
+        """A layout column (leading dims are kept) as a column of members."""
+        values = np.asarray(values_U, dtype=float)
+        if values.ndim == 0:
+            return np.broadcast_to(values, self.layout_M.shape)
+        return values[..., self.layout_M]
+
+    def holds_both(self, one: str, other: str) -> Any:
+        """1 for each kind of rank that holds both of two blocks, else 0; K x 1 x 1 x M."""
+        return (self._held(one) & self._held(other))[:, None, None]
+
+    def holds_one(self, one: str, other: str) -> Any:
+        """1 for each kind of rank that holds one of two blocks and not the other, else 0; K x 1 x 1 x M."""
+        return (self._held(one) ^ self._held(other))[:, None, None]
+
+    def _held(self, name: str) -> Any:
+        return self.counts_BKM[self.blocks.index(name)] > 0
 
     def add(self, values_U: Mapping[str, Any]) -> Any:
         """Sum over the blocks of each rank."""
-        total = np.zeros(self.ranks_RK.shape)
+        total: Any = 0.0
         for index, name in enumerate(self.blocks):
             if name in values_U:
-                total += self.counts_RKB[:, :, index] * self.column(values_U[name])[:, None]
+                column = self.column(values_U[name])
+                total = total + self.counts_BKM[index][:, None, None] * column
         return total
 
     def largest(self, values_U: Mapping[str, Any]) -> Any:
         """The largest over the kinds of blocks of each rank."""
-        best = np.zeros(self.ranks_RK.shape)
+        best: Any = 0.0
         for index, name in enumerate(self.blocks):
-            held = self.counts_RKB[:, :, index] > 0
-            best = np.maximum(best, np.where(held, self.column(values_U[name])[:, None], 0.0))
+            column = self.column(values_U[name])
+            best = np.maximum(best, (self.counts_BKM[index] > 0)[:, None, None] * column)
         return best
 
-    @staticmethod
-    def pick(values_RK: Any, kind_R: Any) -> Any:
-        """The value of one kind of rank per strategy."""
-        return values_RK[np.arange(len(kind_R)), kind_R]
+
+def pick(values_K: Any, kind: Any) -> Any:
+    """Of values with a leading dim of kinds the one of each entry of `kind`."""
+    found = np.broadcast_to(values_K[0], kind.shape)
+    for index in range(1, len(values_K)):
+        found = np.where(kind == index, values_K[index], found)
+    return found

@@ -67,11 +67,11 @@ def make_workload(global_batch: int, seq_len: int, precision: str, precision_opt
     """A checked workload; all problems at once, by the names of the options."""
     problems: list[Problem] = []
     try:
-        name = parse_precision(precision)
+        name, products = parse_precision(precision)
     except InputError as error:
         problems += [replace(found, where=precision_option) for found in error.problems]
-        name = "bfloat16"
-    workload = Workload(global_batch, seq_len, name)
+        name, products = "bfloat16", ""
+    workload = Workload(global_batch, seq_len, name, product_precision=products)
     problems += [_by_option(found) for found in workload_problems(workload)]
     if problems:
         raise InputError(problems)

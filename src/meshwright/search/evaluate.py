@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,15 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.analytic import usable_memory
-from meshwright.cost.layouts import PricedLayouts, machine_of, price_layouts, price_states
-from meshwright.cost.stages import Family, RankTable, rank_table
-from meshwright.cost.step import evaluate
+from meshwright.cost.layouts import Machine, PricedLayouts, machine_of, price_layouts
+from meshwright.cost.stages import Members, RankTable, rank_table
+from meshwright.cost.step import evaluate, prepare
 from meshwright.engine import Engine
 from meshwright.graph import Graph
 from meshwright.search.space import KEYS, RECOMPUTES, SCHEDULE_NAMES, Columns, Part, UniformSpace, shorthand_at
 from meshwright.sharding import lay_out, zero_placement
 from meshwright.strategy import (
     STATE_AXES,
-    Recompute,
     Shorthand,
     recompute_blocks,
     tensor_axes,
@@ -29,6 +28,9 @@ from meshwright.strategy import (
 )
 
 Progress = Callable[[int], None]
+
+#: Members composed at once: what they need fits into a processor's cache.
+CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -62,44 +64,42 @@ def evaluate_space(
 ) -> Evaluated:
     """Time and memory of every member. `progress` is told the number of members done."""
     started = time.process_time()
-    machine = machine_of(cluster, engine, space.workload.precision)
+    machine = machine_of(cluster, engine, space.workload)
     chunks: list[tuple[Columns, Any, Any]] = []
     done = 0
     for part in space.parts():
         priced = _price(space.graph, part, machine, space)
+        axes = tuple(axis for axis in priced.degrees if axis in STATE_AXES)
+        levels, kinds = space.state_levels(), space.recomputes()
+        placements = [zero_placement(level, axes) for level in levels]
+        prepared = prepare(priced, placements, [recompute_blocks(space.graph, kind) for kind in kinds])
         tables, table_index = _tables(space.graph, part)
-        for zero in range(4):
-            state = zero_placement(zero, tuple(axis for axis in priced.degrees if axis in STATE_AXES))
-            rows = np.flatnonzero(
-                [zero in space.state_levels(ranks) for ranks in part.layouts["dp"] * part.layouts["cp"]]
+        for code, member in _members(part):
+            members = Members(
+                schedule=SCHEDULE_NAMES[code],
+                layout_M=part.layout_index[member],
+                table_M=table_index[member],
+                num_virtual_M=part.vpp[member],
+                num_microbatches_M=_num_microbatches(space, part)[part.layout_index[member]],
             )
-            chosen = np.isin(part.layout_index, rows)
-            if not chosen.any():
-                continue
-            states = price_states(priced, state)
-            for code, name in enumerate(SCHEDULE_NAMES):
-                member = np.flatnonzero(chosen & (part.schedule == code))
-                for kind in space.recomputes() if len(member) else ():
-                    layout_R = part.layout_index[member]
-                    family = Family(
-                        state=state,
-                        schedule=name,
-                        recompute=recompute_blocks(space.graph, kind),
-                        layout_R=layout_R,
-                        table_R=table_index[member],
-                        num_virtual_R=part.vpp[member],
-                        num_microbatches_R=_num_microbatches(space, part)[layout_R],
-                    )
-                    result = evaluate(priced, states, tables, family)
-                    columns = _columns(part, member, zero, kind, code)
-                    chunks.append((columns, result.step_time_s, result.peak_memory_bytes))
-                    done += len(member)
-                    if progress:
-                        progress(done)
+            result = evaluate(prepared, tables, members)
+            columns, kept = _columns(part, member, levels, kinds, code)
+            chunks.append((columns, result.step_time_s[kept], result.peak_memory_bytes[kept]))
+            done += int(kept.sum())
+            if progress:
+                progress(done)
     return _joined(chunks, usable_memory(cluster), time.process_time() - started)
 
 
-def _price(graph: Graph, part: Part, machine: Any, space: UniformSpace) -> PricedLayouts:
+def _members(part: Part) -> Iterator[tuple[int, Any]]:
+    """Members of one schedule, a chunk at a time."""
+    for code in np.unique(part.schedule):
+        own = np.flatnonzero(part.schedule == code)
+        for start in range(0, len(own), CHUNK):
+            yield int(code), own[start : start + CHUNK]
+
+
+def _price(graph: Graph, part: Part, machine: Machine, space: UniformSpace) -> PricedLayouts:
     layouts = part.layouts
     splits = uniform_splits(graph, part.pattern.rules())
     kv = graph.dims.get("kv_heads", 1)
@@ -127,18 +127,23 @@ def _num_microbatches(space: UniformSpace, part: Part) -> Any:
     return space.workload.global_batch // (part.layouts["dp"] * part.layouts["mbs"])
 
 
-def _columns(part: Part, member: Any, zero: int, kind: Recompute, schedule: int) -> Columns:
-    layout_R = part.layout_index[member]
-    constant = {
+def _columns(part: Part, member: Any, levels: Any, kinds: Any, schedule: int) -> tuple[Columns, Any]:
+    """The keys of a grid of state levels x kinds of recomputation x members, and which of them are strategies of
+    their own: without ranks to shard over all levels are one."""
+    shape = (len(levels), len(kinds), len(member))
+    layout_M = part.layout_index[member]
+    level = np.array(levels)[:, None, None]
+    shards_M = (part.layouts["dp"] * part.layouts["cp"])[layout_M]
+    kept = np.broadcast_to((level == 0) | (shards_M > 1), shape)
+    values: dict[str, Any] = {
+        **{key: column[layout_M] for key, column in part.layouts.items()},
+        "vpp": part.vpp[member],
         "schedule": schedule,
-        "zero": zero,
-        "recompute": RECOMPUTES.index(kind),
+        "zero": level,
+        "recompute": np.array([RECOMPUTES.index(kind) for kind in kinds])[:, None],
         "sp": int(part.pattern.sequence_parallel),
     }
-    varying = {**{key: column[layout_R] for key, column in part.layouts.items()}, "vpp": part.vpp[member]}
-    return {
-        key: (varying[key] if key in varying else np.full(len(member), constant[key])).astype(np.int32) for key in KEYS
-    }
+    return {key: np.broadcast_to(values[key], shape)[kept].astype(np.int32) for key in KEYS}, kept
 
 
 def _joined(chunks: list[tuple[Columns, Any, Any]], usable: float, cpu_s: float) -> Evaluated:

@@ -123,9 +123,9 @@ class UniformSpace:
             if len(part.vpp):
                 yield part
 
-    def state_levels(self, ranks: int) -> list[int]:
-        """ZeRO levels that make a difference where state can be sharded over `ranks`."""
-        return self.limits.choices("zero", range(4) if ranks > 1 else [0])
+    def state_levels(self) -> list[int]:
+        """The ZeRO levels within the limits; level 0 alone where there are no ranks to shard state over."""
+        return self.limits.choices("zero", range(4))
 
     def recomputes(self) -> list[Recompute]:
         """The kinds of recomputation within the limits."""
