@@ -288,7 +288,7 @@ def test_cluster_files(case: str, file: Callable[[object], Path]) -> None:
         ("pp=2,dp=4,schedule=Interleved1F1B", ["(nearest: schedule=Interleaved1F1B)"]),
         ("dp=8,dp_shard=2", ["dp_shard = 2: shards nothing with zero=0 (nearest: zero=1)"]),
         ("dp=8,zero=1,dp_shard=3", ["dp_shard = 3: must divide dp=8", "(nearest: dp_shard=2)"]),
-        ("dp=8,ep=2", ["ep = 2: "]),
+        ("dp=8,ep=2", ["ep = 2: llama-tiny has no experts (nearest: ep=1)"]),
         ("pp=2,dp=4,vpp=2", ["vpp = 2: 1F1B has one stage per rank"]),
         ("mbs=1000000000,dp=1000000000", ["must be the cluster's 8 devices", "must divide the global batch of 16"]),
         ("tp=3,zero=9,x=1", ["zero = 9", "x = 1: not a key"]),
@@ -389,7 +389,6 @@ def test_numbers_and_choices(command: str, option: str, value: str, parts: list[
         (("--space", "uniformed"), ["--space = uniformed: known: uniform", "(nearest: uniform)"]),
         (("--objective", "time"), ["--objective = time: known: step_time, memory, pareto", "(nearest: step_time)"]),
         (("--fix", "tq=2"), ["--fix tq = 2: not a key; keys: tp", "(nearest: tp)"]),
-        (("--fix", "ep=2"), ["--fix = ep=2: the uniform space varies tp, pp, dp"]),
         (("--max", "dp_shard=2"), ["--max = dp_shard=2: the uniform space varies"]),
         (("--max", "schedule=GPipe"), ["schedules have no order", "(nearest: --fix schedule=GPipe)"]),
         (("--fix", "tp"), ["--fix strategy = 'tp': each part is key=value"]),
@@ -433,11 +432,11 @@ def test_all_problems_together() -> None:
             "--fix",
             "tq=1",
             "--max",
-            "ep=9",
+            "dp_shard=9",
         ),
     )
     refused(outcome, "llama-3-9b", "dgx-h10x8", "--global-batch = 0", "--seq-len = -1", "bf17", "--engine = megatron")
-    refused(outcome, "--method = m", "--space = s", "--objective = o", "--fix tq", "--max = ep=9")
+    refused(outcome, "--method = m", "--space = s", "--objective = o", "--fix tq", "--max = dp_shard=9")
     outcome = meshwright(
         *("explain", "llama-3-9b", "dgx-h10x8", "tq=1", "--against", "zero=9", "--global-batch", 0, "--seq-len", 1)
     )

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from meshwright.graph import WORKLOAD_DIMS, Block, Graph, Role, Segment, graph_problems
-from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary, decoder_graph
+from meshwright.io.decoder import Decoder, Experts, Latent, Layer, Norm, Rotary, decoder_graph
 
 BYTES = {"compute": 2, "float32": 4, "int64": 8, "bool": 1}
 
@@ -64,6 +64,13 @@ VARIANTS = {
     "relative": dataclasses.replace(GPT, relative=True),
     "clipped": dataclasses.replace(LLAMA, qkv_clip=8.0, qk_norm=Norm(), qk_norm_scope="per_head"),
     "scaled": dataclasses.replace(LLAMA, logit_scale=0.5, logit_softcap=30.0, embedding_scale=8.0, lm_bias=True),
+    "latent": dataclasses.replace(
+        GPT, attention="fused", latent=Latent(kv_rank=24, rope_dim=4, value_dim=6, q_rank=40)
+    ),
+    "latent, unfused, plain queries": dataclasses.replace(GPT, latent=Latent(kv_rank=24, rope_dim=4, value_dim=6)),
+    "expert biases, sinks": dataclasses.replace(
+        MIXTRAL, sinks=True, experts=Experts(count=4, topk=2, shared_ffn=32, shared_gate=False, bias=True)
+    ),
     "shared expert": dataclasses.replace(
         MIXTRAL,
         layers=(Layer("dense"), Layer(sparse=True)),
@@ -212,12 +219,16 @@ def test_head_splits_over_the_vocabulary() -> None:
     assert graph.tied == (("embedding/token.weight", "head/lm.weight"),)
 
 
-def test_experts_are_contracted_and_not_multiplied() -> None:
+def test_experts_take_their_rows() -> None:
     graph = decoder_graph(MIXTRAL)
     gate = operator(graph, "layer", "gate")
-    assert gate.spec == "batch seq topk hidden, experts ffn hidden -> batch seq topk ffn"
-    assert gate.contracted == {"experts", "hidden"}
-    assert gate.contractions == ("batch seq topk hidden ffn",)
+    assert gate.spec == "experts batch rows hidden, experts ffn hidden -> experts batch rows ffn"
+    assert gate.contracted == {"hidden"}
+    assert graph.sizes(2, 8)["rows"] == 4.0  # 8 tokens to 2 of 4 experts each
+    dispatch, combine = operator(graph, "layer", "dispatch"), operator(graph, "layer", "combine")
+    assert dispatch.spec == "batch seq hidden -> experts batch seq hidden"
+    assert not dispatch.splittable("experts")
+    assert not combine.splittable("experts")
     # projections 64*64*2 + 64*32*2 = 12_288, router 64*4, experts 2*3*64*96 = 36_864; 2 FLOPs, 16 tokens
     layer = 2 * 16 * (12_288 + 256 + 36_864) + 2 * 2 * 2 * 8 * 8 * 64
     assert graph.forward_flops(2, 8) == 3 * layer + 2 * 16 * 64 * 512

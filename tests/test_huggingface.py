@@ -131,6 +131,28 @@ REAL = {
         moe_intermediate_size=768,
         norm_topk_prob=True,
     ),
+    "DeepSeek-V3": config(
+        "deepseek_v3", 7168, 61, 128, 18432, 129280, num_key_value_heads=128, n_routed_experts=256, q_lora_rank=1536
+    ),
+    "deepseek_v3, plain queries": config(
+        "deepseek_v3",
+        256,
+        4,
+        8,
+        512,
+        1000,
+        q_lora_rank=None,
+        n_routed_experts=8,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_shared_experts=2,
+    ),
+    "gpt-oss-120b": config(
+        "gpt_oss", 2880, 36, 64, 2880, 201088, num_key_value_heads=8, head_dim=64, num_local_experts=128
+    ),
     "qwen3_moe, some dense": config(
         "qwen3_moe", 256, 7, 8, 512, 1000, decoder_sparse_step=2, mlp_only_layers=[3], num_experts=8, head_dim=32
     ),
@@ -141,6 +163,12 @@ for _name in REAL:
 
 #: The published number of parameters of each preset, and where the paper rounds coarsely, half of its last digit.
 PUBLISHED = {
+    "deepseek-v3": 671e9,
+    "kimi-k2": 1.03e12,
+    "gpt-oss-120b": 116.8e9,
+    "qwen3-30b-a3b": 30.5e9,
+    "qwen3-235b-a22b": 235e9,
+    "qwen2-57b-a14b": 57.4e9,
     "bloom-176b": 176.25e9,
     "gemma-2-27b": 27.23e9,
     "gemma-2-9b": 9.24e9,

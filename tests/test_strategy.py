@@ -83,8 +83,8 @@ def test_the_whole_shorthand() -> None:
         ),
         (
             "tpp=2",
-            "tpp = 2: not a key; keys: tp, pp, dp, cp, ep, mbs, vpp, schedule, zero, recompute, sp, dp_shard "
-            "(nearest: tp)",
+            "tpp = 2: not a key; keys: tp, pp, dp, cp, ep, mbs, vpp, schedule, zero, recompute, sp, dp_shard, "
+            "etp (nearest: tp)",
         ),
         ("dp_shard=0", "dp_shard = 0: a whole number, at least 1 (nearest: dp_shard=1)"),
     ],

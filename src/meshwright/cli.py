@@ -157,7 +157,8 @@ def plan(
     faults.of(lambda: _check_objective(objective))
     faults.of(lambda: _check_one_stdout(out, as_json))
     inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
-    place = UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits)
+    folds = inputs.engine.defaults.folds_experts
+    place = UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits, folds_experts=folds)
     question = Question(place, inputs.cluster, inputs.engine, objective, top)
     with _progress("evaluating strategies", quiet=as_json) as told:
         answer = look(question, told)
@@ -406,8 +407,14 @@ def _strategy_inputs(
 
     given = [faults.of(partial(parse_strategy, text)) for text in strategies]
     inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
-    num_devices = inputs.cluster.num_devices
-    named = [faults.of(partial(named_strategy, one, inputs.graph, num_devices, inputs.workload)) for one in given]
+    read = partial(
+        named_strategy,
+        graph=inputs.graph,
+        num_devices=inputs.cluster.num_devices,
+        workload=inputs.workload,
+        folds_experts=inputs.engine.defaults.folds_experts,
+    )
+    named = [faults.of(partial(read, one)) for one in given]
     faults.refuse()
     return inputs, named
 

@@ -23,7 +23,7 @@ from typing import Any
 from meshwright.errors import Problem, nearest_name
 
 #: Dims whose size the workload gives.
-WORKLOAD_DIMS = ("batch", "seq", "kv_seq")
+WORKLOAD_DIMS = ("batch", "seq", "kv_seq", "rows")
 
 #: More repeats of a segment than this are taken for a slip of the finger.
 MAX_REPEAT = 100_000
@@ -47,7 +47,10 @@ KINDS = {
     "gated_activation": "function(gate) * up",
     "embedding": "rows of a table by token id",
     "position_embedding": "x + rows of a table by position; offset",
-    "top_k": "the topk largest router scores as weights (normalize) and, of each token, the rows sent to its experts",
+    "top_k": "the topk largest router scores of each token as weights (normalize)",
+    "dispatch": "of each expert the rows of the tokens sent to it",
+    "combine": "of each token the sum of what its experts made of it, by weight",
+    "join": "two tensors side by side along their last dims, the second copied over the dims it lacks",
     "upcast": "a copy in float32",
     "cross_entropy": "of each token: the largest logit, the sum of exponentials less it, the target's logit",
     "loss": "log(sumexp) + max - target of each token",
@@ -150,7 +153,8 @@ class Block:
             (*operator.inputs, *operator.outputs), (*operator.input_dims, *operator.output_dims), strict=True
         )
         for name, dims in operands:
-            aliases.update(zip(dims, self.tensor[name].dims, strict=True))
+            for dim, own in zip(dims, self.tensor[name].dims, strict=True):
+                aliases.setdefault(dim, own)
         return aliases
 
 
@@ -199,9 +203,13 @@ class Graph:
     def sizes(self, batch: Any, seq: Any) -> dict[str, Any]:
         """Sizes of all dims with the workload's bound; `batch` in sequences, `seq` in tokens (numbers or arrays).
 
-        The keys' sequence of a tensor that has both, such as attention scores, is the dim `kv_seq`.
+        The keys' sequence of a tensor that has both, such as attention scores, is the dim `kv_seq`. `rows` are those
+        of one sequence that go to one expert, where all get as many: a mean, which need not be whole.
         """
-        return {**self.dims, "batch": batch, "seq": seq, "kv_seq": seq}
+        bound = {"batch": batch, "seq": seq, "kv_seq": seq}
+        if "experts" in self.dims:
+            bound["rows"] = seq * self.dims["topk"] / self.dims["experts"]
+        return {**self.dims, **bound}
 
     @property
     def num_parameters(self) -> int:
@@ -217,11 +225,12 @@ class Graph:
     def forward_flops(self, batch: int, seq: int) -> int:
         """FLOPs of the contractions of one forward of `batch` sequences: 2 per multiply-add, elementwise 0."""
         sizes = self.sizes(batch, seq)
-        return sum(
+        flops: float = sum(
             self.counts[block.name] * operator_flops(operator, block.dim_aliases(operator), sizes)
             for block in self.blocks
             for operator in block.operators
         )
+        return round(flops)
 
 
 def operator_flops(operator: Operator, aliases: Mapping[str, str], sizes: Mapping[str, Any]) -> Any:

@@ -23,6 +23,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from meshwright.graph import Block, Operator, Role, Tensor
 
 #: A parameter's elements as one flat run: the dim along which training state is sharded.
@@ -392,7 +394,17 @@ def local_numel(
 
 def local_size(dim: str, placements: Placements, sizes: Mapping[str, Any], degrees: Mapping[str, Any]) -> Any:
     """Size of one dim on the fullest rank."""
-    return -(-sizes[dim] // shard_degree(dim, placements, degrees))
+    return fullest(sizes[dim], shard_degree(dim, placements, degrees))
+
+
+def fullest(size: Any, degree: Any) -> Any:
+    """The largest of `degree` pieces of a size: rounded up, or as it is where the size is a mean.
+
+    >>> fullest(10, 4), fullest(10.0, 4)
+    (3, 2.5)
+    """
+    is_mean = isinstance(size, float) or getattr(size, "dtype", np.dtype(int)).kind == "f"
+    return size / degree if is_mean else -(-size // degree)
 
 
 def shard_degree(dim: str, placements: Placements, degrees: Mapping[str, Any]) -> Any:

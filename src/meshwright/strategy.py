@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cache
+from itertools import product
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
@@ -24,10 +25,10 @@ from meshwright.sharding import AxisRule, BlockLayout, StatePlacement, lay_out, 
 from meshwright.workload import Workload
 
 #: Mesh axes, outermost first: neighbours on the innermost axis are neighbours in the machine.
-AXIS_ORDER = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "tp_kv", "tp_group")
+AXIS_ORDER = ("pp", "dp_replicate", "dp_shard", "ep", "cp", "tp", "tp_kv", "tp_group")
 
-#: Dims that need not divide: the vocabulary is padded to the degree, flat runs of state too.
-PADDED_DIMS = frozenset({"vocab", "flat"})
+#: Dims that need not divide: the vocabulary is padded to the degree, flat runs of state too; rows are a mean.
+PADDED_DIMS = frozenset({"vocab", "flat", "rows"})
 
 
 class Recompute(StrEnum):
@@ -119,8 +120,13 @@ def root_axis(axis: str) -> str:
 
 
 def degree_of(root: str, degrees: Mapping[str, Any]) -> Any:
-    """The product of the axes that make up a degree."""
-    return math.prod(size for axis, size in degrees.items() if root_axis(axis) == root)
+    """The product of the axes that make up a degree; the ranks of expert parallelism are data-parallel ones too.
+
+    >>> degree_of("dp", {"dp_shard": 4, "ep": 8, "tp": 2})
+    32
+    """
+    parts = (root, "ep") if root == "dp" else (root,)
+    return math.prod(size for axis, size in degrees.items() if root_axis(axis) in parts)
 
 
 #: The degrees whose product is the number of devices.
@@ -133,7 +139,8 @@ PRODUCT = ("tp", "pp", "dp", "cp")
 @dataclass(frozen=True)
 class Shorthand:
     """A uniform strategy by its degrees. `dp` is the whole data-parallel degree; `dp_shard` (0: all of it where zero
-    is at least 1) the part over which state is sharded."""
+    is at least 1) the part over which state is sharded. Experts are spread over `ep` of the dp*cp ranks, and each is
+    split over `etp` of the tensor-parallel ones (0: all); with etp=1 the experts are spread over the tp ranks too."""
 
     tp: int = 1
     pp: int = 1
@@ -147,12 +154,11 @@ class Shorthand:
     recompute: Recompute = Recompute.NONE
     sp: int = 0
     dp_shard: int = 0
+    etp: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{item.name}={getattr(self, item.name)}" for item in fields(self) if item.name != "dp_shard"]
-        if self.dp_shard:
-            parts.append(f"dp_shard={self.dp_shard}")
-        return ",".join(parts)
+        parts = {item.name: getattr(self, item.name) for item in fields(self)}
+        return ",".join(f"{key}={value}" for key, value in parts.items() if value or key not in ("dp_shard", "etp"))
 
     @property
     def num_devices(self) -> int:
@@ -164,6 +170,40 @@ class Shorthand:
     def state_degree(self) -> int:
         """Data-parallel ranks over which state is sharded."""
         return self.dp_shard or (self.dp if self.zero else 1)
+
+    @property
+    def spread(self) -> Spread:
+        """How experts are spread."""
+        return spread_experts(self.ep, tp=self.tp, cp=self.cp, over_tp=self.etp == 1)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Over which ranks experts are spread: `axis` ranks of the `ep` axis, and all ranks of the degrees `over`."""
+
+    axis: int
+    over: tuple[str, ...]
+
+
+def spread_experts(ep: int, *, tp: int, cp: int, over_tp: bool) -> Spread:
+    """Neighbours first, as Megatron-Core folds its groups: tensor-parallel ranks (where `over_tp`), those of context
+    parallelism, then data-parallel ones, which make up the `ep` axis.
+
+    >>> spread_experts(32, tp=2, cp=1, over_tp=True)
+    Spread(axis=16, over=('tp',))
+    """
+    over = []
+    for root, degree in (("tp", tp if over_tp else 1), ("cp", cp)):
+        if degree > 1 and ep % degree == 0 and ep > 1:
+            over.append(root)
+            ep //= degree
+    return Spread(ep, tuple(over))
+
+
+def with_folded_experts(shorthand: Shorthand) -> Shorthand:
+    """Experts spread over the tensor-parallel ranks too, where `ep` needs them and `etp` is not given."""
+    fits = shorthand.dp * shorthand.cp % shorthand.ep == 0
+    return shorthand if fits or shorthand.etp else replace(shorthand, etp=1)
 
 
 def parse_shorthand(text: str) -> Shorthand:
@@ -235,24 +275,38 @@ _PARSERS: dict[str, Callable[[str, str], Any]] = {
 
 DATA_RULES = (AxisRule("dp_replicate", ("batch",)), AxisRule("dp_shard", ("batch",)))
 
-#: Context parallelism splits the sequence of every operator. Attention's keys and values run over another dim, which
-#: may not be split, so they are gathered there (Llama 3, 2407.21783, section 3.3.2); a ring sends the same bytes.
-CONTEXT_RULES = (AxisRule("cp", ("seq",)),)
+#: Expert parallelism splits the experts where there are some, and the batch everywhere else: between the two, tokens
+#: change places (GShard, 2006.16668, section 3.2).
+EXPERT_RULES = (AxisRule("ep", ("experts",), fallback=("batch",)),)
 
 
-def tensor_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
+def context_rules(over: Sequence[str] = ()) -> tuple[AxisRule, ...]:
+    """Context parallelism splits the sequence of every operator, the experts where they are spread over it.
+
+    Attention's keys and values run over another dim, which may not be split, so they are gathered there (Llama 3,
+    2407.21783, section 3.3.2); a ring sends the same bytes.
+    """
+    return (AxisRule("cp", (*_experts("cp", over), "seq", "rows")),)
+
+
+def _experts(root: str, over: Sequence[str]) -> tuple[str, ...]:
+    return ("experts",) if root in over else ()
+
+
+def tensor_rules(*, replicate_kv: bool, sequence_parallel: bool, over: Sequence[str] = ()) -> tuple[AxisRule, ...]:
     """What tensor parallelism splits: heads, the MLP's inner dim, the vocabulary; the sequence elsewhere if asked.
 
     Megatron (1909.08053) with sequence parallelism of Korthikanti et al. (2205.05198). Where there are more ranks
     than key/value heads the axis is two: `tp_kv` splits those heads, `tp_group` the query heads that share one, and
     the keys and values lie replicated over the second.
     """
-    fallback = ("seq",) if sequence_parallel else ()
+    fallback = ("seq", "rows") if sequence_parallel else ()
+    others = (*_experts("tp", over), "ffn", "dense_ffn", "shared_ffn", "vocab")
     if not replicate_kv:
-        return (AxisRule("tp", ("kv_heads", "ffn", "vocab"), fallback),)
+        return (AxisRule("tp", ("kv_heads", *others), fallback),)
     return (
-        AxisRule("tp_kv", ("kv_heads", "ffn", "vocab"), fallback),
-        AxisRule("tp_group", ("group", "ffn", "vocab"), fallback, blocked_by=("kv_heads",)),
+        AxisRule("tp_kv", ("kv_heads", *others), fallback),
+        AxisRule("tp_group", ("group", *others), fallback, blocked_by=("kv_heads",)),
     )
 
 
@@ -270,9 +324,10 @@ def tensor_axes(graph: Graph, tp: int) -> dict[str, int]:
     return {"tp": tp}
 
 
-def uniform_rules(*, replicate_kv: bool, sequence_parallel: bool) -> tuple[AxisRule, ...]:
-    """The rules of every axis of the degree grid."""
-    return (*DATA_RULES, *CONTEXT_RULES, *tensor_rules(replicate_kv=replicate_kv, sequence_parallel=sequence_parallel))
+def uniform_rules(*, replicate_kv: bool, sequence_parallel: bool, over: Sequence[str] = ()) -> tuple[AxisRule, ...]:
+    """The rules of every axis of the degree grid; experts are spread over the ranks of the degrees `over` too."""
+    tensor = tensor_rules(replicate_kv=replicate_kv, sequence_parallel=sequence_parallel, over=over)
+    return (*DATA_RULES, *EXPERT_RULES, *context_rules(over), *tensor)
 
 
 def uniform_splits(graph: Graph, rules: Sequence[AxisRule]) -> dict[str, dict[str, dict[str, str]]]:
@@ -315,18 +370,21 @@ def uniform_stages(graph: Graph, pipeline_size: int, virtual_stages: int) -> tup
 
 def expand(shorthand: Shorthand, graph: Graph) -> Strategy:
     """The full strategy that a shorthand stands for. Axes of size 1 are left out of the mesh."""
-    state = shorthand.state_degree
+    state, spread = shorthand.state_degree, shorthand.spread
     axes = {
         "pp": shorthand.pp,
-        "dp_replicate": shorthand.dp // state,
-        "dp_shard": state,
+        "dp_replicate": shorthand.dp // max(state, spread.axis),
+        "dp_shard": max(state // spread.axis, 1),
+        "ep": spread.axis,
         "cp": shorthand.cp,
         **tensor_axes(graph, shorthand.tp),
     }
     mesh = tuple(MeshAxis(name, axes[name]) for name in AXIS_ORDER if axes.get(name, 1) > 1)
     names = {axis.name for axis in mesh}
     rules = uniform_rules(
-        replicate_kv=replicates_kv(graph, shorthand.tp), sequence_parallel=bool(shorthand.sp and shorthand.tp > 1)
+        replicate_kv=replicates_kv(graph, shorthand.tp),
+        sequence_parallel=bool(shorthand.sp and shorthand.tp > 1),
+        over=spread.over,
     )
     return Strategy(
         mesh=mesh,
@@ -345,7 +403,7 @@ def state_axes(names: Iterable[str]) -> tuple[str, ...]:
 
 
 #: Axes over which training state may be sharded.
-STATE_AXES = frozenset({"dp_shard", "cp"})
+STATE_AXES = frozenset({"dp_shard", "ep", "cp"})
 
 
 def recompute_blocks(graph: Graph, recompute: Recompute) -> dict[str, Recompute]:
@@ -359,7 +417,8 @@ def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
     if any(_number_problems(strategy)) or len(strategy.stages) < strategy.pipeline_size:
         return None
     degrees = strategy.degrees
-    dp, shard = degree_of("dp", degrees), degrees.get("dp_shard", 1)
+    dp, axis = degree_of("dp", degrees), degrees.get("ep", 1)
+    shard = degrees.get("dp_shard", 1) * axis
     zero = sum((strategy.state.optimizer, strategy.state.gradient, strategy.state.parameter))
     candidate = Shorthand(
         tp=degree_of("tp", degrees),
@@ -373,11 +432,17 @@ def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
         recompute=max(strategy.recompute.values(), key=list(Recompute).index, default=Recompute.NONE),
         dp_shard=shard if zero and shard != dp else 0,
     )
-    for sp in (0, 1):
-        attempt = replace(candidate, sp=sp)
+    for sp, (ep, etp) in product((0, 1), _spreads(axis, candidate.tp, candidate.cp)):
+        attempt = replace(candidate, sp=sp, ep=ep, etp=etp)
         if expand(attempt, graph) == strategy:
             return attempt
     return None
+
+
+def _spreads(axis: int, tp: int, cp: int) -> Iterator[tuple[int, int]]:
+    """Every `ep` and `etp` that may have made an `ep` axis of so many ranks."""
+    yield axis, 0
+    yield from ((axis * cp, 0), (axis * tp, 1), (axis * tp * cp, 1))
 
 
 # --- legality -------------------------------------------------------------------------------------------------------
@@ -392,6 +457,8 @@ def legal_strategy(shorthand: Shorthand, graph: Graph, num_devices: int, workloa
         shorthand = replace(shorthand, pp=1, vpp=1, schedule="1F1B")
     if "dp_shard" in faulty:
         shorthand = replace(shorthand, dp_shard=0)
+    if faulty & {"ep", "etp"}:
+        shorthand = replace(shorthand, ep=1, etp=0)
     strategy = expand(shorthand, graph)
     # The number of devices was said of the degrees, in the user's words.
     problems += [
@@ -411,8 +478,7 @@ def _degree_problems(shorthand: Shorthand, graph: Graph, num_devices: int) -> li
         rest = shorthand.num_devices // shorthand.dp
         nearest = f"dp={num_devices // rest}" if num_devices % rest == 0 else None
         problems.append(Problem("strategy", product, f"must be the cluster's {num_devices} devices", nearest))
-    if shorthand.ep != 1:
-        problems.append(Problem("ep", str(shorthand.ep), "experts are planned with ep=1 for now", "ep=1"))
+    problems += _expert_problems(shorthand, graph)
     if shorthand.dp_shard and not shorthand.zero:
         problems.append(Problem("dp_shard", str(shorthand.dp_shard), "shards nothing with zero=0", "zero=1"))
     elif shorthand.dp_shard and shorthand.dp % shorthand.dp_shard:
@@ -420,6 +486,28 @@ def _degree_problems(shorthand: Shorthand, graph: Graph, num_devices: int) -> li
         problems.append(Problem("dp_shard", str(shorthand.dp_shard), f"must divide dp={shorthand.dp}", nearest))
     problems += _stage_number_problems(shorthand.pp * shorthand.vpp, graph)
     return problems
+
+
+def _expert_problems(shorthand: Shorthand, graph: Graph) -> Iterator[Problem]:
+    ep, ranks = shorthand.ep, shorthand.dp * shorthand.cp
+    if shorthand.etp not in (0, 1, shorthand.tp):
+        yield Problem("etp", str(shorthand.etp), f"must be 1, or tp={shorthand.tp}", "etp=1")
+    if ep == 1:
+        return
+    if "experts" not in graph.dims:
+        yield Problem("ep", str(ep), f"{graph.name} has no experts", "ep=1")
+        return
+    over_tp = shorthand.etp == 1 and shorthand.tp > 1
+    if over_tp and ep % shorthand.tp:
+        rule = f"with etp=1 experts are spread over all tp={shorthand.tp} ranks: a multiple of that"
+        yield Problem("ep", str(ep), rule, f"ep={shorthand.tp}")
+    elif (ranks * shorthand.tp if over_tp else ranks) % ep or shorthand.dp % shorthand.spread.axis:
+        words = f"dp*cp*tp = {ranks * shorthand.tp}" if over_tp else f"dp*cp = {ranks}"
+        nearest = nearest_divisor(ranks * shorthand.tp if over_tp else ranks, ep)
+        yield Problem("ep", str(ep), f"must divide {words}", f"ep={nearest}")
+    elif shorthand.dp_shard % shorthand.spread.axis:
+        rule = f"must be a multiple of the {shorthand.spread.axis} ranks over which experts are spread"
+        yield Problem("dp_shard", str(shorthand.dp_shard), rule, f"dp_shard={shorthand.dp}")
 
 
 def _stage_number_problems(num_stages: int, graph: Graph) -> list[Problem]:
@@ -498,20 +586,21 @@ def _recompute_problems(strategy: Strategy, graph: Graph) -> Iterator[Problem]:
 
 
 def _state_problems(strategy: Strategy, graph: Graph) -> Iterator[Problem]:
-    """State is sharded over axes along which a parameter is otherwise copied."""
-    splitting = {
-        axis
-        for block in graph.blocks
-        for operator in block.operators
-        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
-        for axis, dim in strategy.splits.get(block.name, {}).get(operator.name, {}).items()
-        if dim in dims and block.tensor[name].role is Role.PARAMETER
-    }
+    """State is sharded over axes along which some parameter is otherwise copied."""
+    splitting: Counter[str] = Counter()
+    num_parameters = 0
+    for block in graph.blocks:
+        for operator in block.operators:
+            split = strategy.splits.get(block.name, {}).get(operator.name, {})
+            for name, dims in zip(operator.inputs, operator.input_dims, strict=True):
+                if block.tensor[name].role is Role.PARAMETER:
+                    num_parameters += 1
+                    splitting.update(axis for axis, dim in split.items() if dim in dims)
     for axis in strategy.state.axes:
         if axis not in strategy.degrees:
             rule = f"no such mesh axis; axes: {', '.join(strategy.degrees)}"
             yield Problem("state.axes", axis, rule, nearest_name(axis, strategy.degrees))
-        elif axis in splitting or axis == "pp":
+        elif axis == "pp" or (axis not in STATE_AXES and splitting[axis]) or splitting[axis] == num_parameters:
             yield Problem("state.axes", axis, "splits parameters, so it holds no copies whose state could be sharded")
 
 

@@ -3,12 +3,13 @@
 A blank cell is the engine's documented default, and the case says so; a run that breaks a rule of ours is built all the
 same, and the case names the rule.
 
-Left out: experts spread over ranks (ep > 1), zero-bubble schedules (taken as 1F1B), and what the columns cannot say of
-a mixture of experts (shared experts, first dense layers, latent attention).
+What the columns leave out of a mixture of experts (shared experts, first dense layers, latent attention, windows) comes
+from the published model of that name, if its outline is the row's. Left out: zero-bubble schedules (taken as 1F1B).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from meshwright.cluster import (
     Device,
     DeviceGroup,
     Level,
+    LinkKind,
     Quantity,
     cluster_templates,
 )
@@ -30,6 +32,7 @@ from meshwright.engine import Defaults, load_engine
 from meshwright.graph import Graph, Segment
 from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary, decoder_graph
 from meshwright.io.inputs import check_model_takes
+from meshwright.io.models import load_decoder
 from meshwright.strategy import (
     BlockRange,
     Recompute,
@@ -39,6 +42,7 @@ from meshwright.strategy import (
     blocks_per_stage,
     expand,
     nearest_divisor,
+    spread_experts,
     strategy_problems,
 )
 from meshwright.units import GiB
@@ -70,8 +74,6 @@ def case_of(setup: Setup) -> tuple[Case, tuple[str, ...]]:
 
     The strategy need not be legal: the rules that it breaks are among the assumptions.
     """
-    if (setup.ep or 1) > 1:
-        raise NotExpressible(f"expert parallelism (ep={setup.ep}) cannot be expressed yet")
     notes = _Notes()
     engine_name = notes.filled("engine", setup.engine, "unknown", "a generic engine")
     engine = load_engine(engine_name)
@@ -144,6 +146,45 @@ PARAMETER_TOLERANCE = 0.02
 
 
 def _decoder(setup: Setup, habits: Defaults, tp: int, notes: _Notes) -> Decoder:
+    multiple = habits.vocab_multiple * tp
+    fused = setup.flash_attention == "y"
+    if setup.flash_attention in ("", "unknown"):
+        fused = habits.fused_attention
+        notes.add(f"flash_attention is not printed: {'y' if fused else 'n'}, the engine's default")
+    decoder = _published(setup) if setup.experts else None
+    return replace(
+        decoder or _outlined(setup, habits, notes),
+        name=setup.model or "model",
+        vocab=-(-setup.vocab // multiple) * multiple,
+        attention="fused" if fused else "unfused",
+    )
+
+
+#: Presets of mixtures of experts.
+MIXTURES = (
+    "deepseek-v3", "kimi-k2", "gpt-oss-120b", "qwen3-30b-a3b", "qwen3-235b-a22b", "qwen2-57b-a14b", "mixtral-8x22b",
+    "mixtral-8x7b",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def _mixtures() -> dict[str, Decoder]:
+    return {name: load_decoder(name) for name in MIXTURES}
+
+
+def _published(setup: Setup) -> Decoder | None:
+    """The published model of a row's name, where it has the row's outline."""
+    found = next((own for name, own in _mixtures().items() if setup.model.lower().startswith(name)), None)
+    if found is None or found.experts is None:
+        return None
+    num_layers = sum(len(segment.blocks) * segment.repeat for segment in found.segments)
+    outline = (num_layers, found.hidden, found.kv_heads * found.group, found.experts.count, found.experts.topk)
+    said = (setup.layers, setup.hidden, setup.heads, setup.experts, setup.topk or found.experts.topk)
+    return found if outline == said and found.ffn == (setup.ffn_hidden or found.ffn) else None
+
+
+def _outlined(setup: Setup, habits: Defaults, notes: _Notes) -> Decoder:
+    """The model that the columns describe, with the habits of its family."""
     family = _family(setup, notes)
     kv_heads = notes.filled("kv_heads", setup.kv_heads, setup.heads, "one for each head")
     if setup.heads % kv_heads:
@@ -152,27 +193,21 @@ def _decoder(setup: Setup, habits: Defaults, tp: int, notes: _Notes) -> Decoder:
     head_dim = family.head_dim or -(-setup.hidden // setup.heads)
     if not family.head_dim and setup.hidden % setup.heads:
         notes.add(f"{setup.heads} heads do not divide hidden {setup.hidden}: head size {head_dim}")
-    multiple = habits.vocab_multiple * tp
-    fused = setup.flash_attention == "y"
-    if setup.flash_attention in ("", "unknown"):
-        fused = habits.fused_attention
-        notes.add(f"flash_attention is not printed: {'y' if fused else 'n'}, the engine's default")
     dropout = habits.dropout if family.names == _GPT.names else 0.0
     rotary = Rotary(10000.0, head_dim) if family.positions == "rotary" else None
     return Decoder(
-        name=setup.model or "model",
+        name="",
         hidden=setup.hidden,
         kv_heads=kv_heads,
         group=setup.heads // kv_heads,
         head_dim=head_dim,
         ffn=_ffn(setup, family.gated, notes),
-        vocab=-(-setup.vocab // multiple) * multiple,
+        vocab=setup.vocab,
         layers=(Layer(rotary=rotary, sparse=setup.experts is not None),),
         segments=(Segment(("layer",), setup.layers),),
         positions=setup.seq_len if family.positions == "learned" else 0,
         tied=family.tied,
         norm=Norm(family.norm, bias=family.biases),
-        attention="fused" if fused else "unfused",
         alibi="plain" if family.positions == "alibi" else "none",
         qkv_bias=family.qkv_bias,
         out_bias=family.biases,
@@ -247,6 +282,7 @@ def _shorthand(setup: Setup, habits: Defaults, engine: str, notes: _Notes) -> Sh
         mbs = notes.filled("microbatch_size", None, habits.microbatch, why)
     tp, pp, cp = (notes.filled(name, getattr(setup, name), 1, "not used") for name in ("tp", "pp", "cp"))
     dp = notes.filled("dp", setup.dp, setup.n_devices // (tp * pp * cp), "what the other degrees leave")
+    ep, etp = _expert_degrees(setup, habits, tp=tp, dp=dp, cp=cp, notes=notes)
     vpp = notes.filled("vpp", setup.vpp, 1, why) if pp > 1 else 1
     sp = setup.sequence_parallel == "y"
     if tp > 1 and not setup.sequence_parallel:
@@ -261,18 +297,42 @@ def _shorthand(setup: Setup, habits: Defaults, engine: str, notes: _Notes) -> Sh
         pp=pp,
         dp=dp,
         cp=cp,
+        ep=ep,
+        etp=etp,
         mbs=mbs,
         vpp=vpp,
         schedule=_schedule(setup, pp, vpp, notes),
         zero=zero,
         recompute=Recompute(notes.filled("recompute", setup.recompute, "none", why)),
         sp=int(sp and tp > 1),
-        dp_shard=_shard_group(dp, shard, notes) if zero else 0,
+        dp_shard=_shard_group(dp, shard, spread_experts(ep, tp=tp, cp=cp, over_tp=etp == 1).axis, notes) if zero else 0,
     )
 
 
-def _shard_group(dp: int, wanted: int, notes: _Notes) -> int:
-    group = nearest_divisor(dp, wanted) if wanted else 0
+def _expert_degrees(setup: Setup, habits: Defaults, *, tp: int, dp: int, cp: int, notes: _Notes) -> tuple[int, int]:
+    """The degrees `ep` and `etp` of a run, as near to what the row says as a mesh can be."""
+    wanted = setup.ep or 1
+    if setup.experts is None or wanted == 1:
+        if wanted > 1:
+            notes.add(f"ep={wanted} of a model without experts: taken as 1")
+        return 1, 0
+    num_ranks = dp * cp
+    over_tp = tp > 1 and wanted % tp == 0 and (habits.folds_experts or num_ranks % wanted != 0)
+    most = math.gcd(num_ranks * tp if over_tp else num_ranks, setup.experts)
+    ep = nearest_divisor(most, wanted)
+    spread = spread_experts(ep, tp=tp, cp=cp, over_tp=over_tp)
+    if dp % spread.axis or (over_tp and "tp" not in spread.over):
+        ep, over_tp = nearest_divisor(math.gcd(dp, setup.experts), wanted), False
+    if ep != wanted:
+        notes.add(f"ep={wanted} with dp={dp}, cp={cp}, tp={tp} and {setup.experts} experts: taken as {ep}")
+    elif over_tp and not habits.folds_experts:
+        notes.add(f"ep={wanted} is spread over the tensor-parallel ranks too: dp*cp = {num_ranks}")
+    return ep, int(over_tp)
+
+
+def _shard_group(dp: int, wanted: int, axis: int, notes: _Notes) -> int:
+    """Ranks over which state is sharded: a divisor of `dp`, and a multiple of the `axis` over which experts are."""
+    group = axis * nearest_divisor(dp // axis, max(wanted // axis, 1)) if wanted else 0
     if group != wanted:
         notes.add(f"state sharded over {wanted} of dp={dp} ranks: taken as {group}")
     return group
@@ -305,22 +365,23 @@ def _strategy(shorthand: Shorthand, graph: Graph, habits: Defaults) -> Strategy:
 
 
 def _counts_by_cost(graph: Graph, num_stages: int) -> list[int]:
-    """Blocks per stage as nanotron splits them: a block with which the running cost passes the share of all stages up
-    to its own goes to the next.
+    """Blocks per stage as nanotron splits them: a stage ends with the layer with which the running cost reaches the
+    share of all stages so far; the head is on the last.
 
     [spec: nanotron, models/base.py and get_block_compute_costs] a layer costs the weights of its products, the head
-    vocabulary x hidden, the embedding nothing.
+    vocabulary x hidden, the embedding nothing. [fit: measured_runs.csv] that the head is always on the last stage:
+    step times of 16 and 32 stages say so.
     """
     dims = graph.dims
     heads = dims["kv_heads"] * dims.get("group", 1) * dims["head_dim"]
-    costs = [0.0] + [4.0 * heads * dims["hidden"] + 3.0 * dims["ffn"] * dims["hidden"]] * graph.num_layers
-    costs.append(float(dims["vocab"] * dims["hidden"]))
-    counts, stage, passed, total = [0] * num_stages, 0, 0.0, sum(costs)
-    for cost in costs:
-        passed += cost
-        if stage < num_stages - 1 and passed > total * (stage + 1) / num_stages:
-            stage += 1
+    layer = 4 * heads * dims["hidden"] + 3 * dims["ffn"] * dims["hidden"]
+    total = graph.num_layers * layer + dims["vocab"] * dims["hidden"]
+    counts, stage = [1] + [0] * (num_stages - 1), 0
+    for number in range(1, graph.num_layers + 1):
         counts[stage] += 1
+        if stage < num_stages - 1 and number * layer * num_stages >= total * (stage + 1):
+            stage += 1
+    counts[-1] += 1
     return counts
 
 
@@ -357,6 +418,15 @@ NETWORK_SHARE = {"omni-path": 1 / 3}  # [fit: measured_runs.csv] about a third o
 
 #: Seconds of a hop on networks that are slower to answer than InfiniBand.
 NETWORK_LATENCY_S = {"efa": 4.5e-5}  # [fit: measured_runs.csv] rings of 16 and 32 ranks over 2 and 4 nodes
+
+#: What the words of a network say of its kind.
+NETWORK_KINDS = {
+    "infiniband": LinkKind.SWITCH,
+    "omni-path": LinkKind.SWITCH,
+    "efa": LinkKind.ETHERNET,
+    "roce": LinkKind.ETHERNET,
+    "ethernet": LinkKind.ETHERNET,
+}
 
 #: A printed memory further than this from the preset's is another variant of the card.
 MEMORY_TOLERANCE = 0.07
@@ -416,7 +486,8 @@ def _levels(setup: Setup, template: ClusterTemplate, notes: _Notes) -> tuple[Lev
         (Quantity(value, f"[fit] {name}") for name, value in NETWORK_LATENCY_S.items() if name in words),
         outer.latency_s,
     )
-    last = Level(outer.name, setup.n_devices, bandwidth, latency, outer.kind, 1 / share)
+    kind = next((kind for name, kind in NETWORK_KINDS.items() if name in words), outer.kind)
+    last = Level(outer.name, setup.n_devices, bandwidth, latency, kind, 1 / share)
     return (first, last)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.comm import Wires, collective_time, doublings, mesh_group
+from meshwright.cost.comm import Took, Wires, collective_time, doublings, mesh_group
 from meshwright.cost.compute import OperatorPrice, Pricing, price_operators
 from meshwright.graph import Role
 from meshwright.sharding import (
@@ -40,11 +40,13 @@ Axes = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Communication:
-    """What a rank sends: bytes and seconds per joint group of axes; the number of collectives, the doublings that
-    their groups take and the ranks of these, summed (groups of one count for nothing), and the ranks of the largest."""
+    """What a rank sends: bytes and seconds per joint group of axes; of the seconds those that hops take, the number of
+    collectives, the doublings that their groups take and the ranks of these, summed (groups of one count for nothing),
+    and the ranks of the largest."""
 
     bytes: dict[Axes, Any]
     seconds: dict[Axes, Any]
+    latency_s: Any = 0.0
     count: Any = 0
     doublings: Any = 0
     ranks: Any = 0
@@ -142,42 +144,52 @@ def kept_names(layout: BlockLayout, recompute: Recompute) -> tuple[str, ...]:
 
 def _communication(layout: BlockLayout, phases: Sequence[Phase], pricing: Pricing, levels: Wires) -> Communication:
     moves = [
-        (transfer.step, *price_transfer(layout, transfer, pricing, levels))
+        (transfer.step, price_transfer(layout, transfer, pricing, levels))
         for transfer in layout.transfers
         if transfer.phase in phases
     ]
     return communication(moves, pricing.degrees)
 
 
-def communication(moves: Iterable[tuple[Step, Any, Any]], degrees: Mapping[str, Any]) -> Communication:
-    """Moves with their bytes and seconds, summed."""
+def communication(moves: Iterable[tuple[Step, Moved]], degrees: Mapping[str, Any]) -> Communication:
+    """Moves with what each takes, summed."""
     bytes_: dict[Axes, Any] = defaultdict(float)
     seconds: dict[Axes, Any] = defaultdict(float)
+    latency_s: Any = 0.0
     count: Any = 0
     doubled: Any = 0
     ranks: Any = 0
     largest: Any = 1
-    for step, sent, took_s in moves:
-        bytes_[step.axes] = bytes_[step.axes] + sent
-        seconds[step.axes] = seconds[step.axes] + took_s
+    for step, moved in moves:
+        bytes_[step.axes] = bytes_[step.axes] + moved.bytes
+        seconds[step.axes] = seconds[step.axes] + moved.took.seconds
+        latency_s = latency_s + moved.took.latency_s
         size = np.asarray(group_size(step.axes, degrees))
         count, doubled, ranks = count + (size > 1), doubled + doublings(size), ranks + size * (size > 1)
         largest = np.maximum(largest, size)
-    return Communication(dict(bytes_), dict(seconds), count, doubled, ranks, largest)
+    return Communication(dict(bytes_), dict(seconds), latency_s, count, doubled, ranks, largest)
 
 
-def price_transfer(layout: BlockLayout, transfer: Transfer, pricing: Pricing, levels: Wires) -> tuple[Any, Any]:
-    """Bytes that a rank sends in one transfer of a block, and its seconds."""
+@dataclass(frozen=True)
+class Moved:
+    """Bytes that a rank sends in one collective, and what it takes."""
+
+    bytes: Any
+    took: Took
+
+
+def price_transfer(layout: BlockLayout, transfer: Transfer, pricing: Pricing, levels: Wires) -> Moved:
+    """What one transfer of a block takes."""
     tensor = layout.block.tensor[transfer.tensor]
     numel = local_numel(tensor.dims, transfer.step.larger, pricing.sizes, pricing.degrees)
     return price_step(transfer.step, numel * pricing.workload.bytes_of(tensor.dtype), pricing, levels)
 
 
-def price_step(step: Step, size_bytes: Any, pricing: Pricing, levels: Wires) -> tuple[Any, Any]:
-    """Bytes that a rank sends in one collective, and its seconds; `size_bytes` is the larger side's local size."""
+def price_step(step: Step, size_bytes: Any, pricing: Pricing, levels: Wires) -> Moved:
+    """What one collective takes; `size_bytes` is the larger side's local size."""
     group = mesh_group(step.axes, pricing.degrees, levels)
     sent = traffic(step.collective, group_size(step.axes, pricing.degrees), size_bytes)
-    return sent, collective_time(step.collective, group, size_bytes, levels)
+    return Moved(sent, collective_time(step.collective, group, size_bytes, levels))
 
 
 def price_state(layout: BlockLayout, state: StatePlacement, pricing: Pricing) -> StatePrice:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cluster import Level
+from meshwright.cluster import Level, LinkKind
 from meshwright.sharding import Collective, group_size
 
 
@@ -31,16 +31,28 @@ class Wire:
     falloff: float = 0.0
 
 
-def wires(levels: Sequence[Level], inner_share: float = 1.0, outer_share: float = 1.0, falloff: float = 0.0) -> Wires:
-    """The wires of a hierarchy, innermost first; collectives get a share of nominal inside the first level and beyond.
+@dataclass(frozen=True)
+class Shares:
+    """What collectives get of nominal bandwidth: inside the innermost level, beyond it, and beyond it on Ethernet;
+    and the `falloff` of what lies beyond."""
 
-    What was measured is taken as it is."""
+    inner: float = 1.0
+    outer: float = 1.0
+    ethernet: float = 1.0
+    falloff: float = 0.0
+
+
+def wires(levels: Sequence[Level], shares: Shares = Shares()) -> Wires:
+    """The wires of a hierarchy, innermost first. What was measured is taken as it is."""
     found = []
     for index, level in enumerate(levels):
-        measured = level.bandwidth_Bps.source.startswith("[measured]")
-        share = 1.0 if measured else outer_share if index else inner_share
+        beyond = shares.ethernet if level.kind is LinkKind.ETHERNET else shares.outer
+        share = beyond if index else shares.inner
+        if level.bandwidth_Bps.source.startswith("[measured]"):
+            share = 1.0
         bandwidth_Bps = share * level.bandwidth_Bps.value / level.oversubscription
-        found.append(Wire(level.group_size, bandwidth_Bps, level.latency_s.value, falloff if index else 0.0))
+        falloff = shares.falloff if index else 0.0
+        found.append(Wire(level.group_size, bandwidth_Bps, level.latency_s.value, falloff))
     return tuple(found)
 
 
@@ -75,18 +87,31 @@ def mesh_group(axes: Sequence[str], degrees: Mapping[str, Any], levels: Sequence
     return Group(num_ranks, tuple(members))
 
 
-def collective_time(collective: Collective, group: Group, size_bytes: Any, levels: Sequence[Wire]) -> Any:
+@dataclass(frozen=True)
+class Took:
+    """Seconds of a collective: of moving its bytes, and of the hops that even an empty one takes."""
+
+    transfer_s: Any
+    latency_s: Any
+
+    @property
+    def seconds(self) -> Any:
+        """Both together."""
+        return self.transfer_s + self.latency_s
+
+
+def collective_time(collective: Collective, group: Group, size_bytes: Any, levels: Sequence[Wire]) -> Took:
     """Seconds of a collective whose larger side is `size_bytes` a rank; 0 in a group of one.
 
-    Ring algorithms, level by level (Thakur et al. 2005; NCCL's rings use every card of a node): of `size_bytes` a
-    share (k-1)/k crosses a level on which k groups of the level below take part, through the w cards of each. An
-    all-reduce is a reduce-scatter and an all-gather. In an all-to-all each rank sends its own part through its own
-    card. A ring of n ranks takes n - 1 hops, each as long as the slowest link of the ring; an all-reduce of few bytes
-    goes over trees, and the messages of an all-to-all travel at once: a hop per doubling and level. That ranks wait
-    for one another is not counted here (`engine.collective_skew_s`).
+    Ring algorithms, level by level (Thakur et al. 2005; NCCL's rings use every card of a node): of `size_bytes` a share
+    (k-1)/k crosses a level on which k groups of the level below take part, through the w cards of each. An all-reduce
+    is a reduce-scatter and an all-gather. In an all-to-all each rank sends its own part through its own card. A ring of
+    n ranks takes n - 1 hops, each as long as the slowest link of the ring; an all-reduce of few bytes goes over trees,
+    and the messages of an all-to-all travel at once: a hop per doubling and level. That ranks wait for one another is
+    not counted here (`engine.collective_skew_s`).
     """
     if collective is Collective.SLICE:
-        return 0.0 * size_bytes * group.num_ranks
+        return Took(0.0 * size_bytes * group.num_ranks, 0.0)
     passes = 2 if collective is Collective.ALL_REDUCE else 1
     transfer_s: Any = 0.0
     tree_s: Any = 0.0
@@ -107,7 +132,7 @@ def collective_time(collective: Collective, group: Group, size_bytes: Any, level
     ring_s = (group.num_ranks - 1) * hop_s
     in_ring = collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
     latency_s = ring_s if in_ring else np.minimum(tree_s, ring_s)
-    return passes * (transfer_s + latency_s)
+    return Took(passes * transfer_s, passes * latency_s)
 
 
 def doublings(count: Any) -> Any:

@@ -18,7 +18,7 @@ from meshwright.cluster import Device
 from meshwright.cost.constants import Constants
 from meshwright.engine import Engine
 from meshwright.graph import Block, Operator, Role
-from meshwright.sharding import OperatorLayout, local_numel
+from meshwright.sharding import OperatorLayout, fullest, local_numel
 from meshwright.workload import Workload
 
 #: A matrix dim that is no multiple of this many 16-bit numbers (16 bytes) is slow on tensor cores.
@@ -158,21 +158,31 @@ def local_dims(block: Block, layout: OperatorLayout, pricing: Pricing) -> dict[s
     local = {}
     for dim in layout.operator.dims:
         degree = math.prod(pricing.degrees[axis] for axis, split_dim in layout.split.items() if split_dim == dim)
-        local[dim] = -(-pricing.sizes[aliases[dim]] // degree)
+        local[dim] = fullest(pricing.sizes[aliases[dim]], degree)
     return local
 
 
 def operand_bytes(block: Block, layout: OperatorLayout, pricing: Pricing) -> Any:
     """Bytes of an operator's local operands and results, each once; of a gathered table the rows that are read."""
     operator = layout.operator
-    operands = zip((*operator.inputs, *operator.outputs), (*layout.inputs, *layout.outputs), strict=True)
+    tables = operator.kind in ("embedding", "position_embedding")
+    names = [
+        name
+        for name in (*operator.inputs, *operator.outputs)
+        if not (tables and block.tensor[name].role is Role.PARAMETER)
+    ]
+    return _bytes_of(block, layout, names, pricing)
+
+
+def _bytes_of(block: Block, layout: OperatorLayout, names: Sequence[str], pricing: Pricing) -> Any:
+    """Bytes of some of an operator's local operands and results."""
+    operator = layout.operator
+    lies = dict(zip((*operator.inputs, *operator.outputs), (*layout.inputs, *layout.outputs), strict=True))
     total: Any = 0
-    for name, placements in operands:
+    for name in names:
         tensor = block.tensor[name]
-        gathered = tensor.role is Role.PARAMETER and operator.kind in ("embedding", "position_embedding")
-        if not gathered:
-            numel = local_numel(tensor.dims, placements, pricing.sizes, pricing.degrees)
-            total = total + numel * pricing.workload.bytes_of(tensor.dtype)
+        numel = local_numel(tensor.dims, lies[name], pricing.sizes, pricing.degrees)
+        total = total + numel * pricing.workload.bytes_of(tensor.dtype)
     return total
 
 

@@ -22,10 +22,12 @@ class Constants:
     (tensor cores want 16 bytes). `grouped_rate`: rate of the products of routed experts, over a plain one's.
     `attention_backward`, `memory_backward`: time of the backward over that of the forward, for fused attention (2.5
     products for one, at a lower rate) and for memory-bound operators. `kernel_s`: seconds that a kernel takes at least.
-    `softmax_passes`: memory traffic of a softmax over the bytes of its operands. `update_traffic`: bytes moved per byte
-    of training state in the update. `inner_link_share`, `outer_link_share`: what collectives get of the nominal
-    bandwidth inside the innermost level and beyond; `crossing_falloff`: the outer share divides by 1 + this x
-    log2(groups joined). `straggler`: share of a step lost per doubling of the nodes to the slowest of them."""
+    `cast_passes`: memory traffic of casting operands of products to a smaller type, over their bytes. `softmax_passes`:
+    memory traffic of a softmax over the bytes of its operands. `update_traffic`: bytes moved per byte of training state
+    in the update. `inner_link_share`, `outer_link_share`, `ethernet_share`: what collectives get of the nominal
+    bandwidth inside the innermost level, beyond it, and beyond it on Ethernet; `crossing_falloff`: the outer share
+    divides by 1 + this x log2(groups joined). `straggler`: share of a step lost per doubling of the nodes to the
+    slowest of them."""
 
     half_rate_depth: float
     half_rate_area: float
@@ -40,6 +42,8 @@ class Constants:
     update_traffic: float
     inner_link_share: float
     outer_link_share: float
+    ethernet_share: float
+    cast_passes: float
     crossing_falloff: float
     straggler: float
     sources: dict[str, str] = field(default_factory=dict)

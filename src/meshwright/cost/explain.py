@@ -170,10 +170,11 @@ def _transfer_leaves(context: _Context, root: str, total: float) -> Iterator[Lea
             if not booked or root_axis(booked[0]) != root:
                 continue
             again = context.strategy.recompute[name] is Recompute.FULL and transfer.phase is Phase.FORWARD
-            sent, took_s = price_transfer(layout, transfer, priced.pricing, priced.machine.levels)
-            seconds = share * _scalar(took_s) * count * context.turns * (2 if again else 1)
+            moved = price_transfer(layout, transfer, priced.pricing, priced.machine.levels)
+            seconds = share * _scalar(moved.took.seconds) * count * context.turns * (2 if again else 1)
             known += seconds
-            note = f"{transfer.phase.value}, {format_bytes(_scalar(sent))} each over {'+'.join(transfer.step.axes)}"
+            sent, axes = format_bytes(_scalar(moved.bytes)), "+".join(transfer.step.axes)
+            note = f"{transfer.phase.value}, {sent} each over {axes}"
             yield Leaf(f"{name}/{transfer.tensor} {transfer.step.collective.value}", seconds, "s", note)
     rest = total - known
     if root == "pp":

@@ -13,7 +13,7 @@ from typing import Any
 
 from meshwright.cluster import Cluster, Level
 from meshwright.cost.block import BlockPrice, Communication, StatePrice, price_block, price_state, price_step
-from meshwright.cost.comm import Wires, wires
+from meshwright.cost.comm import Shares, Wires, wires
 from meshwright.cost.compute import DeviceRates, Pricing, device_rates
 from meshwright.cost.constants import Constants, constants
 from meshwright.engine import Engine
@@ -41,7 +41,8 @@ def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Cons
 
 def wires_of(levels: Sequence[Level], known: Constants) -> Wires:
     """A hierarchy's levels as messages meet them."""
-    return wires(levels, known.inner_link_share, known.outer_link_share, known.crossing_falloff)
+    shares = Shares(known.inner_link_share, known.outer_link_share, known.ethernet_share, known.crossing_falloff)
+    return wires(levels, shares)
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,9 @@ def _moved(
     for step in steps:
         numel = local_numel(tensor.dims, step.larger, priced.pricing.sizes, priced.degrees)
         size = numel * priced.workload.bytes_of(tensor.dtype)
-        sent, took_s = price_step(step, size, priced.pricing, priced.machine.levels)
-        bytes_[step.axes] = bytes_.get(step.axes, 0.0) + share * sent
-        seconds[step.axes] = seconds.get(step.axes, 0.0) + share * took_s
+        moved = price_step(step, size, priced.pricing, priced.machine.levels)
+        bytes_[step.axes] = bytes_.get(step.axes, 0.0) + share * moved.bytes
+        seconds[step.axes] = seconds.get(step.axes, 0.0) + share * moved.took.seconds
     return replace(known, bytes=bytes_, seconds=seconds)
 
 

@@ -61,7 +61,7 @@ def state_moves(
     """Transfers of parameters or gradients, given with their elements."""
     return communication(
         [
-            (step, *price_step(step, numel * bytes_per_element, priced.pricing, priced.machine.levels))
+            (step, price_step(step, numel * bytes_per_element, priced.pricing, priced.machine.levels))
             for step, numel in transfers
         ],
         priced.degrees,
@@ -106,12 +106,13 @@ def _exposed(
 
 
 def _launch_seconds(priced: PricedLayouts, num_operators: int, moves: Iterable[Communication]) -> Any:
-    """Host seconds for starting operators and collectives."""
+    """Host seconds for starting operators and collectives; where it waits for these, it waits for their hops too."""
     engine = priced.machine.engine
-    rank_s = engine.collective_rank_s + engine.crossing.collective_rank_s * crosses_nodes(priced)
+    waits = crosses_nodes(priced) * bool(engine.crossing.collective_rank_s)
+    rank_s = engine.collective_rank_s + engine.crossing.collective_rank_s * waits
     host_s: Any = engine.operator_launch_s * num_operators
     for each in moves:
-        host_s = host_s + engine.collective_launch_s * each.count + rank_s * each.ranks
+        host_s = host_s + engine.collective_launch_s * each.count + rank_s * each.ranks + waits * each.latency_s
     return host_s
 
 

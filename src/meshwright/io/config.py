@@ -75,6 +75,12 @@ class Config:
         section.problems = self.problems
         return section
 
+    def revised(self, data: Mapping[str, Any]) -> Config:
+        """The same place with other `data`, read with the same list of problems."""
+        revised = Config(data, self.where, self.family, self.prefix)
+        revised.problems = self.problems
+        return revised
+
     def problem(self, key: str, value: object, rule: str, nearest: str | None = None) -> None:
         """Note what is wrong with `key`; no `value` (None) is a key that is missing."""
         text = "" if value is None else short_text(value)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from meshwright.graph import Block, Graph, Operator, Role, Segment, Tensor
 
@@ -25,7 +25,7 @@ HIDDEN: Dims = (*TOKENS, "hidden")
 QUERY: Dims = ("kv_heads", "group", "head_dim")
 KEY: Dims = ("kv_heads", "head_dim")
 SCORES: Dims = ("batch", "kv_heads", "group", "seq", "kv_seq")
-ROUTED: Dims = (*TOKENS, "topk", "hidden")
+ROUTED: Dims = ("experts", "batch", "rows")
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,27 @@ class Rotary:
 
 @dataclass(frozen=True)
 class Experts:
-    """A router that sends each token to `topk` of `count` feed-forward experts, beside one shared by all tokens."""
+    """A router that sends each token to `topk` of `count` feed-forward experts, beside one shared by all tokens, which
+    is weighted by a number of each token where `shared_gate`. `bias`: of the router and of every expert's products."""
 
     count: int
     topk: int
     normalize: bool = True
     shared_ffn: int = 0
+    shared_gate: bool = True
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Keys and values (and queries, where `q_rank` is not 0) made from a narrow latent; the last `rope_dim` numbers of
+    a key come straight from the input, the same for all heads (DeepSeek-V2, 2405.04434, section 2.1). `value_dim` is
+    the size of a head's value."""
+
+    kv_rank: int
+    rope_dim: int
+    value_dim: int
+    q_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,9 +90,10 @@ class Decoder:
 
     `ffn` is the width of the feed-forward, of one expert where there are experts (dense layers then have `dense_ffn`).
     `positions` is the length of the learned position table, 0 where there is none. `embed` is the width of the token
-    table where it is not `hidden`. `norm_place`: `pre` before each branch, `post` on its output before the residual
-    is added, `sandwich` both, `after` behind the addition. Linear biases (`alibi`) are added to the scores, `scaled`
-    with them or not. `qk_norm_scope`: one weight for all heads, one per head, or a norm over all heads at once.
+    table where it is not `hidden`. `sinks`: a number per head joins the scores' softmax. `norm_place`: `pre` before
+    each branch, `post` on its output before the residual is added, `sandwich` both, `after` behind the addition. Linear
+    biases (`alibi`) are added to the scores, `scaled` with them or not. `qk_norm_scope`: one weight for all heads, one
+    per head, or a norm over all heads at once.
 
     >>> tiny = Decoder("tiny", hidden=8, kv_heads=2, group=1, head_dim=4, ffn=16, vocab=32,
     ...                layers=(Layer(),), segments=(Segment(("layer",), 3),))
@@ -119,6 +135,8 @@ class Decoder:
     softcap: float = 0.0
     alibi: Literal["none", "plain", "scaled"] = "none"
     relative: bool = False
+    latent: Latent | None = None
+    sinks: bool = False
     qkv_bias: bool = False
     out_bias: bool = False
     qkv_clip: float = 0.0
@@ -158,6 +176,7 @@ def decoder_graph(decoder: Decoder) -> Graph:
 
 def _dims(decoder: Decoder, used: set[str]) -> dict[str, int]:
     experts = decoder.experts or Experts(0, 0)
+    latent = decoder.latent or Latent(0, 0, 0)
     sizes = {
         "hidden": decoder.hidden,
         "kv_heads": decoder.kv_heads,
@@ -171,6 +190,11 @@ def _dims(decoder: Decoder, used: set[str]) -> dict[str, int]:
         "positions": decoder.positions,
         "experts": experts.count,
         "topk": experts.topk,
+        "q_rank": latent.q_rank,
+        "kv_rank": latent.kv_rank,
+        "rope_dim": latent.rope_dim,
+        "plain_dim": decoder.head_dim - latent.rope_dim,
+        "value_dim": latent.value_dim,
     }
     return {dim: size for dim, size in sizes.items() if dim in used}
 
@@ -475,13 +499,16 @@ def _branch_end(decoder: Decoder, number: int, p: float) -> _Steps:
 
 
 def _attention(draft: _Draft, decoder: Decoder, layer: Layer, x: str, out: str) -> str:
-    q = draft.chain(x, _qkv_steps(decoder, layer, "q", QUERY), "q")
-    k = draft.chain(x, _qkv_steps(decoder, layer, "k", KEY), "k")
-    v = draft.chain(x, _qkv_steps(decoder, layer, "v", KEY), "v")
+    if decoder.latent:
+        qkv = _latent_qkv(draft, decoder, decoder.latent, layer, x)
+    else:
+        widths = (("q", QUERY), ("k", KEY), ("v", KEY))
+        q, k, v = (draft.chain(x, _qkv_steps(decoder, layer, name, heads), name) for name, heads in widths)
+        qkv = (q, k, v)
     attend = _unfused if decoder.attention == "unfused" or decoder.relative else _fused
-    context = attend(draft, decoder, layer, (q, k, v))
+    context = attend(draft, decoder, layer, qkv)
     steps = [
-        ("out", _project(("hidden", *QUERY), HIDDEN)),
+        ("out", _project(("hidden", *draft.tensors[context].dims[len(TOKENS) :]), HIDDEN)),
         *_optional((decoder.out_bias, "out_bias", _bias(("hidden",)))),
         *_branch_end(decoder, 1, decoder.residual_dropout),
     ]
@@ -503,6 +530,29 @@ def _qkv_steps(decoder: Decoder, layer: Layer, name: str, heads: Dims) -> _Steps
     if name != "v" and layer.rotary:
         steps.append((f"{name}_rotary", _rotary(layer.rotary)))
     return steps
+
+
+def _latent_qkv(draft: _Draft, decoder: Decoder, latent: Latent, layer: Layer, x: str) -> tuple[str, str, str]:
+    """Queries, keys and values of latent attention; only the rotary part of a key does not pass through the latent."""
+    query, plain, value = QUERY, ("kv_heads", "plain_dim"), ("kv_heads", "value_dim")
+    turned = _optional((layer.rotary is not None, "q_rotary", _rotary(layer.rotary or Rotary(0.0, 0))))
+    narrow: _Steps = []
+    if latent.q_rank:
+        narrow = [("q_down", _project(("q_rank", "hidden"), (*TOKENS, "q_rank"))), _latent_norm(decoder, "q_rank")]
+    from_q = "q_rank" if latent.q_rank else "hidden"
+    q = draft.chain(x, [*narrow, ("q", _project((*query, from_q), (*TOKENS, *query))), *turned], "q")
+    down = ("kv_down", _project(("kv_rank", "hidden"), (*TOKENS, "kv_rank")))
+    low = draft.chain(x, [down, _latent_norm(decoder, "kv_rank")], "kv_latent")
+    rope = draft.chain(x, [("k_rope", _project(("rope_dim", "hidden"), (*TOKENS, "rope_dim")))], "k_rope")
+    whole = draft.chain(low, [("k", _project((*plain, "kv_rank"), (*TOKENS, *plain)))], "k_plain")
+    v = draft.chain(low, [("v", _project((*value, "kv_rank"), (*TOKENS, *value)))], "v")
+    k = draft.tensor("k", (*TOKENS, *KEY))
+    draft.operator("join", "k_join", (whole, rope), (k,), unsplit=("plain_dim", "rope_dim", "head_dim"))
+    return q, k, v
+
+
+def _latent_norm(decoder: Decoder, rank: str) -> tuple[str, _Step]:
+    return f"{rank.removesuffix('_rank')}_norm", _norm(decoder.norm, (rank,))
 
 
 def _rotary(rotary: Rotary) -> _Step:
@@ -530,24 +580,37 @@ def _score_attributes(decoder: Decoder, layer: Layer) -> dict[str, Attribute]:
 
 
 CORE = "core_attention"
-_KEYS: Dims = ("batch", "kv_seq", *KEY)
-_SQUARE = _product(TOKENS, ("kv_seq",), QUERY)
+
+
+def _seen_as_keys(draft: _Draft, name: str) -> Dims:
+    """The dims of keys or values as attention sees them: along a sequence of their own."""
+    return tuple("kv_seq" if dim == "seq" else dim for dim in draft.tensors[name].dims)
+
+
+def _square(draft: _Draft, name: str) -> str:
+    """The product of queries and keys over the heads and the head size of the keys or values `name`."""
+    return _product(TOKENS, ("kv_seq", "kv_heads", "group", draft.tensors[name].dims[-1]))
+
+
+def _context(draft: _Draft, v: str) -> str:
+    return draft.tensor("context", (*TOKENS, "kv_heads", "group", draft.tensors[v].dims[-1]))
 
 
 def _fused(draft: _Draft, decoder: Decoder, layer: Layer, qkv: tuple[str, str, str]) -> str:
     """One kernel (FlashAttention): the scores are never stored."""
     _, k, v = qkv
-    context = draft.tensor("context", (*TOKENS, *QUERY))
+    context = _context(draft, v)
     logsumexp = draft.tensor("logsumexp", (*TOKENS, "kv_heads", "group"), "float32", differentiable=False)
     dropout = {"dropout": decoder.attention_dropout} if decoder.attention_dropout else {}
+    sinks = (draft.parameter("sinks", ("kv_heads", "group")),) if decoder.sinks else ()
     draft.operator(
         "attention",
         "attention",
-        qkv,
+        (*qkv, *sinks),
         (context, logsumexp),
-        renamed={k: _KEYS, v: _KEYS},
-        unsplit=("kv_seq", "head_dim"),
-        contractions=(_SQUARE, _SQUARE),
+        renamed={name: _seen_as_keys(draft, name) for name in (k, v)},
+        unsplit=("kv_seq", "head_dim", "value_dim"),
+        contractions=(_square(draft, k), _square(draft, v)),
         saves=(*qkv, context, logsumexp),
         group=CORE,
         attributes={**_score_attributes(decoder, layer), **dropout},
@@ -559,7 +622,7 @@ def _unfused(draft: _Draft, decoder: Decoder, layer: Layer, qkv: tuple[str, str,
     """Scores, softmax, dropout and context one by one: the 5as/h of Korthikanti 2205.05198, eq. 1."""
     q, k, v = qkv
     scores = draft.tensor("scores", SCORES)
-    _attention_einsum(draft, "scores", (q, k), scores, {k: _KEYS})
+    _attention_einsum(draft, "scores", (q, k), scores, k)
     if decoder.relative:
         scores = _relative(draft, q, scores)
     probabilities = draft.tensor("probabilities", SCORES)
@@ -576,22 +639,23 @@ def _unfused(draft: _Draft, decoder: Decoder, layer: Layer, qkv: tuple[str, str,
     if decoder.attention_dropout:
         step = _dropout(decoder.attention_dropout, dims=SCORES, group=CORE)
         probabilities = step(draft, "probabilities_dropout", probabilities, "dropped_probabilities")
-    context = draft.tensor("context", (*TOKENS, *QUERY))
-    _attention_einsum(draft, "context", (probabilities, v), context, {v: _KEYS})
+    context = _context(draft, v)
+    _attention_einsum(draft, "context", (probabilities, v), context, v)
     return context
 
 
 def _attention_einsum(
-    draft: _Draft, name: str, inputs: tuple[str, str], out: str, renamed: Mapping[str, Dims], kind: str = "einsum"
+    draft: _Draft, name: str, inputs: tuple[str, str], out: str, keys: str, kind: str = "einsum"
 ) -> None:
+    """A product of queries or probabilities with the keys or values `keys`."""
     draft.operator(
         kind,
         name,
         inputs,
         (out,),
-        renamed=renamed,
-        unsplit=("kv_seq", "head_dim"),
-        contractions=(_SQUARE,),
+        renamed={keys: _seen_as_keys(draft, keys)},
+        unsplit=("kv_seq", "head_dim", "value_dim"),
+        contractions=(_square(draft, keys),),
         saves=inputs,
         group=CORE,
     )
@@ -608,8 +672,7 @@ def _relative(draft: _Draft, q: str, scores: str) -> str:
     product = (_product(("seq", "hidden"), QUERY),)
     draft.operator("relative_keys", "relative", (weight,), (keys,), unsplit=("seq", "head_dim"), contractions=product)
     term = draft.tensor("relative_scores", SCORES)
-    renamed: Mapping[str, Dims] = {keys: ("kv_seq", *QUERY)}
-    _attention_einsum(draft, "relative_scores", (q, keys), term, renamed, kind="relative_scores")
+    _attention_einsum(draft, "relative_scores", (q, keys), term, keys, kind="relative_scores")
     total = draft.tensor("all_scores", SCORES)
     draft.operator("add", "add_relative", (scores, term), (total,), unsplit=("kv_seq",), group=CORE)
     return total
@@ -658,40 +721,65 @@ def _gate(draft: _Draft, decoder: Decoder, gate: str, up: str, name: str) -> str
 
 
 def _sparse(draft: _Draft, decoder: Decoder, x: str, out: str) -> str:
-    """Routed experts: each token's rows go to `topk` of them; experts is contracted, so splitting it is partial."""
-    assert decoder.experts
-    scores = _project(("experts", "hidden"), (*TOKENS, "experts"))(draft, "router", x, "router_scores")
-    weights = draft.tensor("weights", (*TOKENS, "topk"))
-    routed = draft.tensor("routed", ROUTED)
-    attributes = {"topk": decoder.experts.topk, "normalize": decoder.experts.normalize}
-    draft.operator(
-        "top_k",
-        "top_k",
-        (scores, x),
-        (weights, routed),
-        unsplit=("experts", "topk"),
-        saves=(scores,),
-        attributes=attributes,
+    """Routed experts: each token's rows go to `topk` of them, which hold as many rows each.
+
+    Tokens are split along batch and sequence, experts along themselves: between the two the rows change places, which
+    is the all-to-all of expert parallelism.
+    """
+    experts = decoder.experts
+    assert experts
+    weights = _route(draft, experts, x)
+    routed = draft.tensor("routed", (*ROUTED, "hidden"))
+    by_token = ("experts", *TOKENS, "hidden")
+    moved: dict[str, Any] = {"unsplit": ("experts", "topk"), "renamed": {routed: by_token}}
+    draft.operator("dispatch", "dispatch", (x,), (routed,), **moved)
+    inner: Dims = (*ROUTED, "ffn")
+    bias = {"inner": ("experts", "ffn"), "outer": ("experts", "hidden")} if experts.bias else {}
+
+    def product(name: str, weight: Dims, dims: Dims, over: Dims | None) -> _Steps:
+        return [(name, _project(weight, dims)), *_optional((over is not None, f"{name}_bias", _bias(over or ())))]
+
+    gate, up = (
+        draft.chain(routed, product(name, ("experts", "ffn", "hidden"), inner, bias.get("inner")), f"{name}_proj")
+        for name in ("gate", "up")
     )
-    inner: Dims = (*TOKENS, "topk", "ffn")
-    product = _product(ROUTED, ("ffn",))
-    gate = _project(("experts", "ffn", "hidden"), inner, product)(draft, "gate", routed, "gate_proj")
-    up = _project(("experts", "ffn", "hidden"), inner, product)(draft, "up", routed, "up_proj")
     activated = _gate(draft, decoder, gate, up, "activation")
-    expert = _project(("experts", "hidden", "ffn"), ROUTED, product)(draft, "down", activated, "expert_out")
-    combined = draft.tensor("combined" if decoder.experts.shared_ffn else out, HIDDEN)
-    draft.operator("einsum", "combine", (expert, weights), (combined,), saves=(expert, weights))
-    return _shared(draft, decoder, x, combined, out) if decoder.experts.shared_ffn else combined
+    down = product("down", ("experts", "hidden", "ffn"), (*ROUTED, "hidden"), bias.get("outer"))
+    expert = draft.chain(activated, down, "expert_out")
+    combined = draft.tensor("combined" if experts.shared_ffn else out, HIDDEN)
+    moved = {"unsplit": ("experts", "topk"), "renamed": {expert: by_token}, "saves": (expert, weights)}
+    draft.operator("combine", "combine", (expert, weights), (combined,), **moved)
+    return _shared(draft, decoder, x, combined, out) if experts.shared_ffn else combined
+
+
+def _route(draft: _Draft, experts: Experts, x: str) -> str:
+    """The weights of each token's experts; every rank that routes a token knows all experts."""
+    draft.parameter("router.weight", ("experts", "hidden"))
+    scores = draft.tensor("router_scores", (*TOKENS, "experts"))
+    whole: Dims = ("experts", "topk")
+    product = (_product(HIDDEN, ("experts",)),)
+    draft.operator("einsum", "router", (x, "router.weight"), (scores,), unsplit=whole, contractions=product, saves=(x,))
+    if experts.bias:
+        bias = draft.parameter("router.bias", ("experts",))
+        biased = draft.tensor("biased_scores", (*TOKENS, "experts"))
+        draft.operator("bias", "router_bias", (scores, bias), (biased,), unsplit=whole)
+        scores = biased
+    weights = draft.tensor("weights", (*TOKENS, "topk"))
+    attributes = {"topk": experts.topk, "normalize": experts.normalize}
+    draft.operator("top_k", "top_k", (scores,), (weights,), unsplit=whole, saves=(scores,), attributes=attributes)
+    return weights
 
 
 def _shared(draft: _Draft, decoder: Decoder, x: str, combined: str, out: str) -> str:
-    """The expert of all tokens, weighted by a sigmoid of one number per token (Qwen2-MoE)."""
+    """The expert of all tokens, weighted by a sigmoid of one number per token where it has a gate (Qwen2-MoE)."""
     value = _dense(draft, decoder, x, "shared_out", "shared_ffn", "shared_")
-    steps: _Steps = [
-        ("shared_weight", _project(("hidden",), TOKENS, _product(HIDDEN))),
-        ("shared_sigmoid", _elementwise("activation", saves_input=True, function="sigmoid")),
-    ]
-    weight = draft.chain(x, steps, "shared_factor")
-    weighted = draft.tensor("shared_weighted", HIDDEN)
-    draft.operator("einsum", "shared_combine", (value, weight), (weighted,), saves=(value, weight))
-    return _add(draft, "add_shared", combined, weighted, out)
+    if decoder.experts and decoder.experts.shared_gate:
+        steps: _Steps = [
+            ("shared_weight", _project(("hidden",), TOKENS, _product(HIDDEN))),
+            ("shared_sigmoid", _elementwise("activation", saves_input=True, function="sigmoid")),
+        ]
+        weight = draft.chain(x, steps, "shared_factor")
+        weighted = draft.tensor("shared_weighted", HIDDEN)
+        draft.operator("einsum", "shared_combine", (value, weight), (weighted,), saves=(value, weight))
+        value = weighted
+    return _add(draft, "add_shared", combined, value, out)

@@ -27,7 +27,7 @@ from meshwright.io.config import (
     MAX_NUMBER,
     Config,
 )
-from meshwright.io.decoder import Decoder, Experts, Layer, Norm, Rotary
+from meshwright.io.decoder import Decoder, Experts, Latent, Layer, Norm, Rotary
 from meshwright.registry import Registry
 from meshwright.strategy import nearest_divisor
 
@@ -374,6 +374,76 @@ def _sparse_layers(c: Config, decoder: Decoder) -> Decoder:
     if routed not in layers:
         return _with_layers(replace(decoder, experts=None, ffn=width), layers)
     return _with_layers(replace(decoder, dense_ffn=width), layers)
+
+
+@_register("deepseek_v3")
+def _deepseek_v3(c: Config) -> Decoder:
+    """Latent attention, and experts in all layers but the first."""
+    plain, rope = c.size("qk_nope_head_dim", default=128), c.size("qk_rope_head_dim", default=64)
+    # Of the latent every head makes its own keys, whatever the config says; its head_dim is that of the rotary part.
+    decoder = _standard(c.revised({key: value for key, value in c.data.items() if key not in _NOT_LATENT}), head_dim=1)
+    latent = Latent(
+        kv_rank=c.size("kv_lora_rank", default=512),
+        rope_dim=rope,
+        value_dim=c.size("v_head_dim", default=128),
+        q_rank=c.size("q_lora_rank", default=0 if "q_lora_rank" in c.data else 1536),
+    )
+    width = c.size("moe_intermediate_size", default=2048)
+    shared = width * c.size("n_shared_experts", default=1)
+    experts = Experts(
+        c.size("n_routed_experts", default=256),
+        c.size("num_experts_per_tok", default=8),
+        c.flag("norm_topk_prob", True),
+        shared_ffn=shared,
+        shared_gate=False,
+    )
+    everywhere = Layer(rotary=_rotary(c, rope))
+    num_dense = min(int(c.number("first_k_dense_replace", 3)), _num_layers(decoder))
+    dense, routed = replace(everywhere, name="dense"), replace(everywhere, name="layer", sparse=True)
+    decoder = replace(
+        decoder,
+        head_dim=plain + rope,
+        latent=latent,
+        experts=experts,
+        dense_ffn=decoder.ffn if num_dense else 0,
+        ffn=width,
+        tied=c.flag("tie_word_embeddings", False),
+        norm=Norm("rms", c.eps("rms_norm_eps", 1e-6)),
+        activation=c.activation(),
+        attention_dropout=c.probability("attention_dropout"),
+    )
+    return _with_layers(decoder, [dense] * num_dense + [routed] * (_num_layers(decoder) - num_dense))
+
+
+_NOT_LATENT = ("head_dim", *KV_HEADS_KEYS)
+
+_GPT_OSS_ROPE = {
+    "rope_parameters": {
+        "rope_theta": 150_000.0,
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "max_position_embeddings": 131_072,
+}
+
+
+@_register("gpt_oss")
+def _gpt_oss(c: Config) -> Decoder:
+    """Windows in every other layer, a sink per head, experts with biases."""
+    if not {"rope_scaling", "rope_parameters"} & set(c.data):
+        c = c.revised({**_GPT_OSS_ROPE, **c.data})
+    decoder = _llama_like(c, kv_default=8, head_dim=64, eps=1e-5, theta=150_000.0)
+    bias = c.flag("attention_bias", True)
+    experts = replace(_experts(c, count=128, topk=4, normalize=True), bias=True)
+    layer = replace(decoder.layers[0], sparse=True)
+    window = c.size("sliding_window", default=0 if "sliding_window" in c.data else 128)
+    sliding = _layer_types(c, [index % 2 == 0 for index in range(_num_layers(decoder))])
+    decoder = replace(decoder, qkv_bias=bias, out_bias=bias, sinks=True, experts=experts)
+    return _local_and_global(decoder, sliding, replace(layer, window=window), layer)
 
 
 @_register("gpt2")

@@ -20,6 +20,7 @@ from meshwright.strategy import (
     position_problems,
     shorthand_of,
     strategy_problems,
+    with_folded_experts,
 )
 from meshwright.workload import Workload, parse_precision, workload_problems
 
@@ -123,9 +124,12 @@ def parse_strategy(text: str) -> Shorthand | Strategy:
     return read_strategy_file(text) if looks_like_file(text) else parse_shorthand(text)
 
 
-def named_strategy(given: Shorthand | Strategy, graph: Graph, num_devices: int, workload: Workload) -> NamedStrategy:
-    """A legal strategy; names every rule that it breaks."""
+def named_strategy(
+    given: Shorthand | Strategy, graph: Graph, num_devices: int, workload: Workload, *, folds_experts: bool = False
+) -> NamedStrategy:
+    """A legal strategy; names every rule that it breaks. `folds_experts`: see `engine.Defaults`."""
     if isinstance(given, Shorthand):
+        given = with_folded_experts(given) if folds_experts else given
         return NamedStrategy(legal_strategy(given, graph, num_devices, workload), str(given))
     problems = strategy_problems(given, graph, num_devices, workload)
     if problems:

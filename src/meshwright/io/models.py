@@ -11,7 +11,7 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Graph
-from meshwright.io.decoder import decoder_graph
+from meshwright.io.decoder import Decoder, decoder_graph
 from meshwright.io.huggingface import decoder_from_config
 
 #: Files that will have a door of their own, by suffix.
@@ -43,7 +43,7 @@ def load_model(text: str) -> Graph:
     from meshwright.io.native import read_json_object  # only now: the file door costs more than a name needs
 
     if text in model_presets():
-        return graph_from_config(read_json_object(_PRESETS / f"{text}.json", "a model preset"), text, text)
+        return decoder_graph(load_decoder(text))
     path = Path(text)
     if text != "-" and (refusal := _refusal(text, path)):
         raise InputError([refusal])
@@ -52,6 +52,14 @@ def load_model(text: str) -> Graph:
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
     data = read_json_object(text if text == "-" else path, "a Hugging Face config")
     return graph_from_config(data, "stdin" if text == "-" else str(path), "" if text == "-" else name)
+
+
+def load_decoder(preset: str) -> Decoder:
+    """The choices of the preset of that name."""
+    from meshwright.io.native import read_json_object
+
+    data = read_json_object(_PRESETS / f"{preset}.json", "a model preset")
+    return decoder_from_config(data, preset, preset)
 
 
 def graph_from_config(data: dict[str, Any], where: str = "config.json", name: str = "") -> Graph:

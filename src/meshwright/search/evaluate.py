@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -104,10 +105,13 @@ def _price(graph: Graph, part: Part, machine: Machine, space: UniformSpace) -> P
     splits = uniform_splits(graph, part.pattern.rules())
     kv = graph.dims.get("kv_heads", 1)
     tensor = {"tp_kv": np.full_like(layouts["tp"], kv), "tp_group": layouts["tp"] // kv}
+    spread_over = [layouts[root] for root in part.pattern.over]
+    axis = layouts["ep"] // math.prod(spread_over) if spread_over else layouts["ep"]
     degrees = {
         "pp": layouts["pp"],
         "dp_replicate": np.ones_like(layouts["dp"]),
-        "dp_shard": layouts["dp"],
+        "dp_shard": layouts["dp"] // axis,
+        **({"ep": axis} if part.pattern.expert_axis else {}),
         "cp": layouts["cp"],
         **(tensor if part.pattern.replicate_kv else {"tp": layouts["tp"]}),
     }
@@ -142,6 +146,7 @@ def _columns(part: Part, member: Any, levels: Any, kinds: Any, schedule: int) ->
         "zero": level,
         "recompute": np.array([RECOMPUTES.index(kind) for kind in kinds])[:, None],
         "sp": int(part.pattern.sequence_parallel),
+        "etp": int("tp" in part.pattern.over),
     }
     return {key: np.broadcast_to(values[key], shape)[kept].astype(np.int32) for key in KEYS}, kept
 

@@ -9,7 +9,7 @@ once: `sp` only where tp > 1, ZeRO only where dp*cp > 1, schedules only where th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any
 
@@ -22,10 +22,12 @@ from meshwright.sharding import AxisRule
 from meshwright.strategy import (
     Recompute,
     Shorthand,
+    Spread,
     divisors,
     position_problems,
     replicates_kv,
     split_problems,
+    spread_experts,
     tensor_axes,
     uniform_rules,
     uniform_splits,
@@ -36,24 +38,28 @@ SCHEDULE_NAMES = tuple(SCHEDULES)
 RECOMPUTES = tuple(Recompute)
 
 #: The keys of a member, in canonical order; schedules and recomputation by their index in the tuples above.
-KEYS = ("tp", "pp", "dp", "cp", "mbs", "vpp", "schedule", "zero", "recompute", "sp")
+KEYS = ("tp", "pp", "dp", "cp", "ep", "etp", "mbs", "vpp", "schedule", "zero", "recompute", "sp")
 
 #: The keys that make a layout.
-LAYOUT_KEYS = ("tp", "pp", "dp", "cp", "mbs")
+LAYOUT_KEYS = ("tp", "pp", "dp", "cp", "ep", "mbs")
 
 Columns = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Strategies with the same splits: by whether tensor parallelism copies key/value heads and splits the sequence."""
+    """Strategies with the same splits: by whether tensor parallelism copies key/value heads and splits the sequence,
+    by whether experts are spread over an axis of their own, and the degrees `over` whose ranks they are spread over."""
 
     replicate_kv: bool
     sequence_parallel: bool
+    expert_axis: bool = False
+    over: tuple[str, ...] = ()
 
     def rules(self) -> tuple[AxisRule, ...]:
         """The axis rules of the pattern."""
-        return uniform_rules(replicate_kv=self.replicate_kv, sequence_parallel=self.sequence_parallel)
+        rules = uniform_rules(replicate_kv=self.replicate_kv, sequence_parallel=self.sequence_parallel, over=self.over)
+        return tuple(rule for rule in rules if rule.axis != "ep" or self.expert_axis)
 
 
 @dataclass(frozen=True)
@@ -109,16 +115,23 @@ class UniformSpace:
     workload: Workload
     limits: Limits = NO_LIMITS
     name: str = "uniform"
+    folds_experts: bool = False
 
     def parts(self) -> Iterator[Part]:
         """All members but for ZeRO level and recomputation, which combine freely with them (see `state_levels`)."""
         if position_problems(self.graph, self.workload):
             return
+        found: dict[Pattern, list[tuple[int, ...]]] = {}
         for replicate_kv, sequence_parallel in product((False, True), repeat=2):
             if not self.limits.allows("sp", int(sequence_parallel)):
                 continue
             pattern = Pattern(replicate_kv, sequence_parallel)
-            degrees = [(tp, pp, dp, cp) for tp, cp in self._split_degrees(pattern) for pp, dp in self._rest(tp * cp)]
+            for tp, cp in self._split_degrees(pattern):
+                for pp, dp in self._rest(tp * cp):
+                    for ep, spread in self._experts(tp, cp, dp):
+                        own = replace(pattern, expert_axis=spread.axis > 1, over=spread.over)
+                        found.setdefault(own, []).append((tp, pp, dp, cp, ep))
+        for pattern, degrees in found.items():
             part = self._part(pattern, degrees)
             if len(part.vpp):
                 yield part
@@ -144,6 +157,17 @@ class UniformSpace:
                 if not split_problems(self.graph, splits, sizes, degrees):
                     yield tp, cp
 
+    def _experts(self, tp: int, cp: int, dp: int) -> Iterator[tuple[int, Spread]]:
+        """Degrees of expert parallelism that divide experts and ranks, and what they span beside the `ep` axis."""
+        ways = (0, 1) if self.folds_experts and tp > 1 else (0,)
+        for ep in self.limits.choices("ep", divisors(self.graph.dims.get("experts", 1))):
+            for etp in ways if ep > 1 else (0,):
+                spread = spread_experts(ep, tp=tp, cp=cp, over_tp=etp == 1)
+                # An ep that tp does not divide is not spread over it; the rest must be ranks that the axes have.
+                fits = dp % spread.axis == 0 and dp * cp * (tp if etp else 1) % ep == 0
+                if fits and ("tp" in spread.over) == etp and self.limits.allows("etp", etp):
+                    yield ep, spread
+
     def _rest(self, inner: int) -> Iterator[tuple[int, int]]:
         """Pipeline and data-parallel degrees of what is left beside `inner` ranks."""
         for dp in self.limits.choices("dp", divisors(self.num_devices // inner)):
@@ -151,15 +175,15 @@ class UniformSpace:
             if self.workload.global_batch % dp == 0 and pp <= len(self.graph.sequence) and self.limits.allows("pp", pp):
                 yield pp, dp
 
-    def _part(self, pattern: Pattern, degrees: Sequence[tuple[int, int, int, int]]) -> Part:
+    def _part(self, pattern: Pattern, degrees: Sequence[tuple[int, ...]]) -> Part:
         layouts: list[tuple[int, ...]] = []
         members: list[tuple[int, int, int]] = []
-        for tp, pp, dp, cp in degrees:
+        for tp, pp, dp, cp, ep in degrees:
             for mbs in self.limits.choices("mbs", divisors(self.workload.global_batch // dp)):
                 num_microbatches = self.workload.global_batch // dp // mbs
                 found = [(len(layouts), vpp, code) for vpp, code in self._pipelines(pp, num_microbatches)]
                 if found:
-                    layouts.append((tp, pp, dp, cp, mbs))
+                    layouts.append((tp, pp, dp, cp, ep, mbs))
                     members += found
         columns = np.array(layouts, dtype=np.int64).reshape(-1, len(LAYOUT_KEYS)).T
         index, vpp_column, schedule = np.array(members, dtype=np.int64).reshape(-1, 3).T
