@@ -28,7 +28,7 @@ class Wire:
     group_size: Any
     bandwidth_Bps: Any
     latency_s: Any
-    falloff: float = 0.0
+    falloff: Any = 0.0
 
 
 def wires(levels: Sequence[Level], inner_share: float = 1.0, outer_share: float = 1.0, falloff: float = 0.0) -> Wires:
