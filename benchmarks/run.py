@@ -23,7 +23,14 @@ REPEATS = 3
 PLAN_405B = ["plan", "llama-3.1-405b", "dgx-h100x2048", "--global-batch", "2048", "--seq-len", "8192", "--json"]
 ESTIMATE = ["estimate", "llama-3-70b", "dgx-h100x8", "tp=8,pp=2,dp=4,zero=1,sp=1", "--global-batch", "256",
             "--seq-len", "8192", "--json"]  # fmt: skip
-COMMANDS = {"help": ["--help"], "estimate": ESTIMATE, "plan 405B on 16,384 GPUs": PLAN_405B}
+PLAN_CALCULON = ["plan", "gpt3-175b", "dgx-a100x128", "--space", "calculon", "--global-batch", "1536",
+                 "--seq-len", "2048", "--json"]  # fmt: skip
+COMMANDS = {
+    "help": ["--help"],
+    "estimate": ESTIMATE,
+    "plan 405B on 16,384 GPUs": PLAN_405B,
+    "plan 175B, Calculon's space": PLAN_CALCULON,
+}
 
 
 def reference() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from meshwright.errors import Problem
     from meshwright.graph import Graph
     from meshwright.io.inputs import NamedStrategy
+    from meshwright.registry import Registry
     from meshwright.results import Estimate, Measurement
-    from meshwright.search.method import Answer
-    from meshwright.search.space import Limits
+    from meshwright.search.method import Answer, Found
+    from meshwright.search.space import Limits, Space
+    from meshwright.strategy import Shorthand, Strategy
     from meshwright.workload import Workload
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="meshwright",
@@ -135,7 +139,7 @@ def plan(
     global_batch: GlobalBatch,
     seq_len: SeqLen,
     method: Annotated[str, typer.Option(help="How to look.")] = "exhaustive",
-    space: Annotated[str, typer.Option(help="Where to look.")] = "uniform",
+    space: Annotated[str, typer.Option(help="Where to look: uniform, or calculon.")] = "uniform",
     fix: Annotated[str, typer.Option("--fix", metavar="SHORTHAND", help="Keys that must have these values.")] = "",
     largest: Annotated[str, typer.Option("--max", metavar="SHORTHAND", help="Largest values of keys.")] = "",
     objective: Annotated[str, typer.Option(help="step_time, memory or pareto.")] = "step_time",
@@ -153,18 +157,19 @@ def plan(
 
     faults = _Faults()
     look = faults.of(lambda: _method(method))
-    limits = faults.of(lambda: _limits(space, fix, largest))
+    kind = faults.of(lambda: _space(space)) or UniformSpace
+    limits = faults.of(lambda: _limits(kind, fix, largest))
     faults.of(lambda: _check_objective(objective))
     faults.of(lambda: _check_one_stdout(out, as_json))
     inputs = _read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
     folds = inputs.engine.defaults.folds_experts
-    place = UniformSpace(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits, folds_experts=folds)
+    place = kind(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits, folds)
     question = Question(place, inputs.cluster, inputs.engine, objective, top)
     with _progress("evaluating strategies", quiet=as_json) as told:
         answer = look(question, told)
-    ranking = [(named, _estimate(inputs, named)) for named in _named(inputs, answer)]
+    ranking = _ranked(inputs, answer)
     if out and ranking:
-        _write_plan(out, inputs, *ranking[0], answer)
+        _write_plan(out, inputs, ranking[0], answer)
     if as_json:
         _print_json("plan-result/1", _plan_json(inputs, answer, ranking))
     elif out != "-":
@@ -175,14 +180,27 @@ def plan(
 
 def _method(name: str) -> Any:
     import meshwright.search.exhaustive  # noqa: F401  (registers itself)
-    from meshwright.errors import InputError, Problem
     from meshwright.search.method import METHODS
 
+    return _registered(METHODS, name, "--method")
+
+
+def _space(name: str) -> type[Space]:
+    import meshwright.search.calculon  # noqa: F401  (registers itself)
+    from meshwright.search.space import SPACES
+
+    return _registered(SPACES, name, "--space")
+
+
+def _registered(known: Registry[T], name: str, option: str) -> T:
+    """What a name stands for; a miss names the option."""
+    from meshwright.errors import InputError, Problem
+
     try:
-        return METHODS[name]
+        return known[name]
     except InputError as error:
         found = error.problems[0]
-        raise InputError([Problem("--method", name, found.rule, found.nearest)]) from None
+        raise InputError([Problem(option, name, found.rule, found.nearest)]) from None
 
 
 def _check_objective(name: str) -> None:
@@ -201,14 +219,12 @@ def _check_one_stdout(out: str, as_json: bool) -> None:
         raise InputError([Problem("--out", "-", "--json prints one object, so the plan goes to a file", "plan.json")])
 
 
-def _limits(space: str, fix: str, largest: str) -> Limits:
-    from meshwright.errors import InputError, Problem, nearest_name
+def _limits(space: type[Space], fix: str, largest: str) -> Limits:
+    from meshwright.errors import InputError
     from meshwright.search.space import limit_problems, limits_of
     from meshwright.strategy import parse_shorthand_keys
 
-    problems = []
-    if space != "uniform":
-        problems.append(Problem("--space", space, "known: uniform", nearest_name(space, ["uniform"])))
+    problems: list[Problem] = []
     parsed = []
     for option, text in (("--fix", fix), ("--max", largest)):
         values: dict[str, Any] = {}
@@ -217,18 +233,35 @@ def _limits(space: str, fix: str, largest: str) -> Limits:
                 values = parse_shorthand_keys(text)
             except InputError as error:
                 problems += [replace(found, where=f"{option} {found.where}") for found in error.problems]
-        problems += limit_problems(values, option)
+        problems += limit_problems(values, option, space)
         parsed.append(values)
     if problems:
         raise InputError(problems)
     return limits_of(*parsed)
 
 
-def _named(inputs: _Inputs, answer: Answer) -> list[NamedStrategy]:
-    from meshwright.io.inputs import NamedStrategy
+@dataclass(frozen=True)
+class _Ranked:
+    """A member that a method found, its strategy, the workload of its batch, and the engine's estimate of these."""
+
+    found: Found
+    strategy: Strategy
+    workload: Workload
+    estimate: Estimate
+
+
+def _ranked(inputs: _Inputs, answer: Answer) -> list[_Ranked]:
+    from meshwright.cost.analytic import estimate
     from meshwright.strategy import expand
 
-    return [NamedStrategy(expand(found, inputs.graph), str(found)) for found in answer.ranking]
+    known: dict[Shorthand, tuple[Strategy, Workload, Estimate]] = {}  # members may share a strategy
+    for found in answer.found:
+        if found.shorthand not in known:
+            strategy = expand(found.shorthand, inputs.graph)
+            workload = replace(inputs.workload, global_batch=found.sequences)
+            predicted = estimate(inputs.graph, inputs.cluster, strategy, workload, inputs.engine)
+            known[found.shorthand] = (strategy, workload, predicted)
+    return [_Ranked(found, *known[found.shorthand]) for found in answer.found]
 
 
 def _estimate(inputs: _Inputs, named: NamedStrategy) -> Estimate:
@@ -237,19 +270,18 @@ def _estimate(inputs: _Inputs, named: NamedStrategy) -> Estimate:
     return estimate(inputs.graph, inputs.cluster, named.strategy, inputs.workload, inputs.engine)
 
 
-def _plan_json(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStrategy, Estimate]]) -> dict[str, Any]:
-    entries = [
-        {"shorthand": named.shorthand, "strategy": asdict(named.strategy), "estimate": asdict(estimate)}
-        for named, estimate in ranking
-    ]
+def _plan_json(inputs: _Inputs, answer: Answer, ranking: Sequence[_Ranked]) -> dict[str, Any]:
+    space = answer.certificate.space
+    entries = [_ranked_json(space, ranked) for ranked in ranking]
     return {
         "model": _model_json(inputs),
         "best": entries[0] if entries else None,
         "ranking": entries,
         "space": {
-            "name": answer.certificate.space,
+            "name": space,
             "num_strategies": answer.certificate.num_strategies,
             "num_feasible": answer.certificate.num_feasible,
+            "infeasible": dict(answer.infeasible),
         },
         "elapsed_s": answer.elapsed_s,
         "cpu_s": answer.cpu_s,
@@ -257,6 +289,24 @@ def _plan_json(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStr
         "certificate": asdict(answer.certificate),
         "reasons": [] if entries else _no_plan_reasons(inputs, answer),
     }
+
+
+def _ranked_json(space: str, ranked: _Ranked) -> dict[str, Any]:
+    """A strategy with the engine's estimate; where the space chose more, that too, and what it said of the member."""
+    found = ranked.found
+    entry: dict[str, Any] = {
+        "shorthand": str(found.shorthand),
+        "strategy": asdict(ranked.strategy),
+        "estimate": asdict(ranked.estimate),
+    }
+    if found.chosen:
+        entry[space] = {
+            **found.chosen,
+            "step_time_s": found.step_time_s,
+            "samples_per_s": found.samples_per_s,
+            "peak_memory_bytes": found.peak_memory_bytes,
+        }
+    return entry
 
 
 def _model_json(inputs: _Inputs) -> dict[str, Any]:
@@ -271,22 +321,25 @@ def _no_plan_reasons(inputs: _Inputs, answer: Answer) -> list[str]:
     """Why nothing fits: the strategy that needs least memory, and how much it lacks; or that nothing is legal."""
     from meshwright.strategy import expand
 
-    if answer.nearest is None:
+    if answer.examples:
+        return list(answer.examples)
+    if answer.least is None:
         return [
             f"no legal strategy puts a global batch of {inputs.workload.global_batch} on exactly "
             f"{inputs.cluster.num_devices} devices within the given limits"
         ]
     from meshwright.cost.analytic import devices_needed, estimate
 
-    strategy = expand(answer.nearest, inputs.graph)
-    found = estimate(inputs.graph, inputs.cluster, strategy, inputs.workload, inputs.engine)
+    strategy = expand(answer.least.shorthand, inputs.graph)
+    workload = replace(inputs.workload, global_batch=answer.least.sequences)
+    found = estimate(inputs.graph, inputs.cluster, strategy, workload, inputs.engine)
     return [
-        f"the strategy that needs least memory, {answer.nearest}, does not fit: {found.reasons[0]}",
+        f"the strategy that needs least memory, {answer.least.shorthand}, does not fit: {found.reasons[0]}",
         f"nearest fix: {devices_needed(inputs.graph, inputs.cluster, inputs.workload, inputs.engine)}",
     ]
 
 
-def _write_plan(out: str, inputs: _Inputs, named: NamedStrategy, estimate: Estimate, answer: Answer) -> None:
+def _write_plan(out: str, inputs: _Inputs, best: _Ranked, answer: Answer) -> None:
     from meshwright.io.native import fingerprint, write
     from meshwright.plan import Plan
 
@@ -297,19 +350,19 @@ def _write_plan(out: str, inputs: _Inputs, named: NamedStrategy, estimate: Estim
             cluster=inputs.cluster_text,
             cluster_hash=fingerprint(inputs.cluster),
             engine=inputs.engine.name,
-            workload=inputs.workload,
-            shorthand=named.shorthand or "",
-            strategy=named.strategy,
-            estimate=estimate,
+            workload=best.workload,
+            shorthand=str(best.found.shorthand),
+            strategy=best.strategy,
+            estimate=best.estimate,
             certificate=answer.certificate,
         ),
         out,
     )
 
 
-def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStrategy, Estimate]]) -> None:
+def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[_Ranked]) -> None:
     from meshwright.cost.analytic import usable_memory
-    from meshwright.report.text import estimate_view, pipeline_view, ranking_table
+    from meshwright.report.text import chosen_table, estimate_view, pipeline_view, ranking_table
 
     console = _console()
     console.print(_heading(inputs))
@@ -317,17 +370,19 @@ def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[tuple[NamedStr
         for reason in _no_plan_reasons(inputs, answer):
             console.print(reason, style="red", markup=False)
         return
-    rows = [(found, estimate) for found, (_, estimate) in zip(answer.ranking, ranking, strict=True)]
-    console.print(ranking_table(rows, console.width))
-    best, estimate = ranking[0]
-    console.print(estimate_view(best.shorthand or "", estimate, usable_memory(inputs.cluster)))
-    strategy = best.strategy
+    best, strategy = ranking[0], ranking[0].strategy
+    if best.found.chosen:
+        console.print(chosen_table(answer.found))
+        console.print(f"The first, as {inputs.engine.name} would run it on these links:", style="dim", markup=False)
+    else:
+        console.print(ranking_table([(each.found.shorthand, each.estimate) for each in ranking], console.width))
+    console.print(estimate_view(str(best.found.shorthand), best.estimate, usable_memory(inputs.cluster)))
     console.print(
         pipeline_view(
             strategy.schedule,
             strategy.pipeline_size,
             strategy.virtual_stages,
-            strategy.num_microbatches(inputs.workload),
+            strategy.num_microbatches(best.workload),
             console.width,
         )
     )
@@ -579,13 +634,15 @@ def validate(
 
 @app.command()
 def presets(as_json: AsJson = False) -> None:
-    """List the models, clusters, engines, schedules and methods that come with Meshwright."""
+    """List the models, clusters, engines, schedules, methods and spaces that come with Meshwright."""
+    import meshwright.search.calculon
     import meshwright.search.exhaustive  # noqa: F401  (registers itself)
     from meshwright.cluster import cluster_templates
     from meshwright.engine import engine_names
     from meshwright.io.models import load_model, model_presets
     from meshwright.schedule import SCHEDULES
     from meshwright.search.method import METHODS
+    from meshwright.search.space import SPACES
 
     models = {name: load_model(name).num_parameters for name in model_presets()}
     clusters = cluster_templates()
@@ -601,6 +658,7 @@ def presets(as_json: AsJson = False) -> None:
                 "engines": list(engine_names()),
                 "schedules": list(SCHEDULES),
                 "methods": list(METHODS),
+                "spaces": list(SPACES),
             },
         )
         return
@@ -620,7 +678,8 @@ def presets(as_json: AsJson = False) -> None:
             padding=(0, 3),
         )
     )
-    for title, names in (("engines", engine_names()), ("schedules", SCHEDULES), ("methods", METHODS)):
+    listed = {"engines": engine_names(), "schedules": SCHEDULES, "methods": METHODS, "spaces": SPACES}
+    for title, names in listed.items():
         console.print(f"\n[bold]{title}[/bold]  {', '.join(names)}")
 
 

@@ -264,8 +264,12 @@ def wanted_gradient(made: Placements) -> dict[str, Placement]:
     return {axis: placement for axis, placement in made.items() if isinstance(placement, Shard)}
 
 
-def lay_out(block: Block, splits: Mapping[str, Split]) -> BlockLayout:
-    """Derive all that follows from the splits of a block's operators and boundary tensors."""
+def lay_out(block: Block, splits: Mapping[str, Split], *, keep_gathered: bool = False) -> BlockLayout:
+    """Derive all that follows from the splits of a block's operators and boundary tensors.
+
+    What is made in shards and read whole is kept in shards and gathered once more in the backward; with
+    `keep_gathered` the gathered copy is kept instead.
+    """
     layouts = tuple(lay_out_operator(block, operator, splits[operator.name]) for operator in block.operators)
     made: dict[str, Placements] = {name: _boundary(block, name, splits) for name in block.inputs}
     for layout in layouts:
@@ -275,7 +279,7 @@ def lay_out(block: Block, splits: Mapping[str, Split]) -> BlockLayout:
                 made.setdefault(name, placements)
     uses = _uses(block, layouts, splits)
     transfers = [*_forward(made, uses), *_backward(block, made, uses)]
-    kept = _kept(made, uses, layouts)
+    kept = _kept(made, uses, layouts, keep_gathered)
     transfers += _regather(kept, uses, layouts)
     made |= {f"{name}@out": _boundary(block, name, splits) for name in block.outputs}
     return BlockLayout(block, layouts, tuple(transfers), made, kept, _partial_gradients(block, layouts))
@@ -331,9 +335,10 @@ def _backward(block: Block, made: Mapping[str, Placements], uses: Iterable[_Use]
 
 
 def _kept(
-    made: Mapping[str, Placements], uses: Iterable[_Use], layouts: Iterable[OperatorLayout]
+    made: Mapping[str, Placements], uses: Iterable[_Use], layouts: Iterable[OperatorLayout], keep_gathered: bool
 ) -> dict[str, Placements]:
-    """Saved tensors and how they lie: as made, but summed where they were made as summands, moved where they moved."""
+    """Saved tensors and how they lie: as made, but summed where they were made as summands, moved where they moved,
+    and gathered where they were gathered if these copies are kept."""
     saved = {name for layout in layouts for name in layout.operator.saves}
     kept: dict[str, Placements] = {}
     for name in sorted(saved):
@@ -341,7 +346,8 @@ def _kept(
         placements = dict(made[name])
         for axis, placement in made[name].items():
             target = (taken or {}).get(axis, REPLICATE)
-            if placement == PARTIAL or (isinstance(placement, Shard) and isinstance(target, Shard)):
+            stays = taken is None or not (keep_gathered or isinstance(target, Shard))
+            if placement == PARTIAL or (isinstance(placement, Shard) and not stays):
                 placements[axis] = target
         kept[name] = placements
     return kept

@@ -187,9 +187,16 @@ def price_transfer(layout: BlockLayout, transfer: Transfer, pricing: Pricing, le
 
 def price_step(step: Step, size_bytes: Any, pricing: Pricing, levels: Wires) -> Moved:
     """What one collective takes; `size_bytes` is the larger side's local size."""
+    if pricing.networks:
+        levels = pricing.networks.get(_booked_on(step, pricing.degrees), levels)
     group = mesh_group(step.axes, pricing.degrees, levels)
     sent = traffic(step.collective, group_size(step.axes, pricing.degrees), size_bytes)
     return Moved(sent, collective_time(step.collective, group, size_bytes, levels))
+
+
+def _booked_on(step: Step, degrees: Mapping[str, Any]) -> str:
+    """The degree whose network a collective runs over: that of its first axis of more than one rank."""
+    return root_axis(next((axis for axis in step.axes if np.max(degrees[axis]) > 1), step.axes[0]))
 
 
 def price_state(layout: BlockLayout, state: StatePlacement, pricing: Pricing) -> StatePrice:

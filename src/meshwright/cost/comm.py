@@ -28,7 +28,7 @@ class Wire:
     group_size: Any
     bandwidth_Bps: Any
     latency_s: Any
-    falloff: float = 0.0
+    falloff: Any = 0.0
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from meshwright.cluster import Device
+from meshwright.cost.comm import Wires
 from meshwright.cost.constants import Constants
 from meshwright.engine import Engine
 from meshwright.graph import Block, Operator, Role
@@ -101,7 +102,8 @@ class Pricing:
     """What every operator is priced with: rates, software, constants, and the sizes that dims and axes have.
 
     `sizes` of all dims by the block's names (batch: sequences of a microbatch on all data-parallel ranks), `degrees`
-    of all mesh axes outermost first; numbers, or columns of one length. Of the workload only types are read."""
+    of all mesh axes outermost first; numbers, or columns of one length. Of the workload only types are read.
+    `networks` are the wires of degrees whose communication keeps to some of the hierarchy's (see `layouts.Machine`)."""
 
     rates: DeviceRates
     engine: Engine
@@ -109,6 +111,7 @@ class Pricing:
     workload: Workload
     sizes: Mapping[str, Any]
     degrees: Mapping[str, Any]
+    networks: Mapping[str, Wires] = field(default_factory=dict)
 
 
 def price_operators(layouts: Sequence[OperatorLayout], block: Block, pricing: Pricing, *, is_end: bool) -> Prices:

@@ -160,8 +160,8 @@ def _recompute_leaves(context: _Context) -> Iterator[Leaf]:
 
 
 def _transfer_leaves(context: _Context, root: str, total: float) -> Iterator[Leaf]:
-    engine, priced = context.priced.machine.engine, context.priced
-    share = engine.exposed.get(root, 1.0)
+    priced = context.priced
+    share = priced.machine.exposed.get(root, 1.0)
     known = 0.0
     for name, count in context.counts.items():
         layout = priced.layouts[name]

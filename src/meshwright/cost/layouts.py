@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,18 +25,35 @@ from meshwright.workload import Workload
 
 @dataclass(frozen=True)
 class Machine:
-    """Everything about hardware and software that pricing needs."""
+    """Everything about hardware and software that pricing needs.
+
+    How communication is carried out is the engine's habit, unless a space chooses it: the `exposed` share of each
+    degree's seconds, whether ranks `slice_messages` between stages, the `networks` of degrees that keep to some of the
+    `levels`, and the degrees whose transfers run in `tiles` beside the computation of their block, which then exposes
+    what it cannot hide. These may be arrays of choices: `num_choices` leading dims, then that of the layouts."""
 
     rates: DeviceRates
     levels: Wires
     engine: Engine
     constants: Constants
+    exposed: Mapping[str, Any]
+    slice_messages: Any
+    networks: Mapping[str, Wires] = field(default_factory=dict)
+    tiles: frozenset[str] = frozenset()
+    num_choices: int = 0
 
 
 def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Constants | None = None) -> Machine:
     """What pricing needs of a cluster and an engine; the constants are the package's unless given."""
     known = known or constants()
-    return Machine(device_rates(cluster.slowest_device, workload), wires_of(cluster.hierarchy(), known), engine, known)
+    return Machine(
+        rates=device_rates(cluster.slowest_device, workload),
+        levels=wires_of(cluster.hierarchy(), known),
+        engine=engine,
+        constants=known,
+        exposed=engine.exposed,
+        slice_messages=engine.slice_messages,
+    )
 
 
 def wires_of(levels: Sequence[Level], known: Constants) -> Wires:
@@ -94,7 +111,9 @@ def price_sized(
 ) -> PricedLayouts:
     """Price all blocks of a structure whose dims have the given `sizes` and whose blocks follow one another by
     `handover_shares`; all numbers or columns of length U."""
-    pricing = Pricing(machine.rates, machine.engine, machine.constants, workload, sizes, degrees)
+    pricing = Pricing(
+        machine.rates, machine.engine, machine.constants, workload, sizes, degrees, networks=machine.networks
+    )
     ends = end_blocks(graph)
     blocks = {
         name: price_block(layout, pricing, machine.levels, is_end=name in ends) for name, layout in layouts.items()

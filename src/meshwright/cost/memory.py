@@ -96,7 +96,7 @@ def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes
 
 def memory_ledger(columns: MemoryColumns, rows: Rows, members: Members) -> dict[str, Any]:
     """Bytes on each kind of rank, by category: K x Z x C x M, with ones where a category does not depend."""
-    in_flight = (_in_flight(rows, members) / members.num_virtual_M)[:, None, None]
+    in_flight = rows.spread(_in_flight(rows, members) / members.num_virtual_M)
     every = members.num_microbatches_M if members.schedule == "GPipe" else 1
     state = {}
     for category, held in columns.state.items():
@@ -109,16 +109,16 @@ def memory_ledger(columns: MemoryColumns, rows: Rows, members: Members) -> dict[
         "recompute_buffer": rows.largest(columns.redone),
         "working_set": rows.largest(columns.working),
         "gathered_state": rows.largest(columns.gathered),
-        "reserved": columns.reserved * (rows.ranks_KM > 0)[:, None, None],
+        "reserved": columns.reserved * rows.spread(rows.ranks_KM > 0),
     }
 
 
 def stacked(priced: PricedLayouts, rows: Sequence[Sequence[Any]]) -> Any:
-    """Numbers or columns of U layouts, in rows, as one array."""
-    length = np.shape(priced.microbatch)
-    return np.stack(
-        [np.stack([np.broadcast_to(np.asarray(value, dtype=float), length) for value in row]) for row in rows]
-    )
+    """Numbers or columns of U layouts, in rows, as one array, with dims for all choices of the machine."""
+    values = [[np.asarray(value, dtype=float) for value in row] for row in rows]
+    least = (1,) * priced.machine.num_choices + np.shape(priced.microbatch)
+    shape = np.broadcast_shapes(least, *(value.shape for row in values for value in row))
+    return np.stack([np.stack([np.broadcast_to(value, shape) for value in row]) for row in values])
 
 
 def _in_flight(rows: Rows, members: Members) -> Any:

@@ -91,17 +91,19 @@ def block_passes(priced: PricedLayouts, block: BlockPrice, state: StatePrice, ki
 def _exposed(
     priced: PricedLayouts, waited: Iterable[Communication], hidden: Iterable[Communication], compute_s: Any
 ) -> dict[str, Any]:
-    """Exposed seconds by degree: the engine's share of what operators wait for, and of the movement of state what
-    computation cannot hide. What one transfer has taken of that time is not there for another."""
-    engine, exposed = priced.machine.engine, defaultdict[str, Any](float)
-    for moves in waited:
-        for root, took_s in by_root(moves.seconds, priced.degrees).items():
-            exposed[root] = exposed[root] + engine.exposed.get(root, 1.0) * took_s
+    """Exposed seconds by degree: a share of what operators wait for, and of what runs beside them (the movement of
+    state, transfers in tiles) what computation cannot hide. What one transfer has taken of that time is not there for
+    another."""
+    machine, exposed = priced.machine, defaultdict[str, Any](float)
     window_s = compute_s
-    for moves in hidden:
+    for moves, beside in (*((each, False) for each in waited), *((each, True) for each in hidden)):
         for root, took_s in by_root(moves.seconds, priced.degrees).items():
-            exposed[root] = exposed[root] + exposed_behind(took_s, engine.exposed.get(root, 1.0), window_s)
-            window_s = np.maximum(window_s - took_s, 0.0)
+            share = machine.exposed.get(root, 1.0)
+            if beside or root in machine.tiles:
+                exposed[root] = exposed[root] + exposed_behind(took_s, share, window_s)
+                window_s = np.maximum(window_s - took_s, 0.0)
+            else:
+                exposed[root] = exposed[root] + share * took_s
     return dict(exposed)
 
 

@@ -1,7 +1,8 @@
 """Who holds which blocks: pipeline ranks of a kind folded, and block prices summed over what each kind holds.
 
 Legend of shape suffixes: T rank tables, K kinds of pipeline rank (padded), B kinds of block, U layouts; Z placements of
-state, C choices of recomputation, M members (a layout, a rank table, a number of microbatches).
+state, C choices of recomputation, M members (a layout, a rank table, a number of microbatches). Between C and U or M
+stand the dims of what a space chooses besides (`layouts.Machine.num_choices` of them, mostly none).
 """
 
 from __future__ import annotations
@@ -79,12 +80,17 @@ class Members:
 class Rows:
     """Sums layout columns (Z x C x U) over the blocks that each kind of rank holds (K x Z x C x M)."""
 
-    def __init__(self, tables: RankTable, members: Members) -> None:
+    def __init__(self, tables: RankTable, members: Members, num_choices: int = 0) -> None:
         self.blocks = tables.blocks
         self.counts_BKM = tables.counts_BKT[:, :, members.table_M]
         self.first_KM = tables.first_KT[:, members.table_M]
         self.ranks_KM = tables.ranks_KT[:, members.table_M]
         self.layout_M = members.layout_M
+        self.between = (1,) * (2 + num_choices)
+
+    def spread(self, values_KM: Any) -> Any:
+        """Values of kinds of rank and members with room for all dims between: K x 1 x 1 x M."""
+        return values_KM.reshape(len(values_KM), *self.between, -1)
 
     def column(self, values_U: Any) -> Any:
         """A layout column (leading dims are kept) as a column of members."""
@@ -95,11 +101,11 @@ class Rows:
 
     def holds_both(self, one: str, other: str) -> Any:
         """1 for each kind of rank that holds both of two blocks, else 0; K x 1 x 1 x M."""
-        return (self._held(one) & self._held(other))[:, None, None]
+        return self.spread(self._held(one) & self._held(other))
 
     def holds_one(self, one: str, other: str) -> Any:
         """1 for each kind of rank that holds one of two blocks and not the other, else 0; K x 1 x 1 x M."""
-        return (self._held(one) ^ self._held(other))[:, None, None]
+        return self.spread(self._held(one) ^ self._held(other))
 
     def _held(self, name: str) -> Any:
         return self.counts_BKM[self.blocks.index(name)] > 0
@@ -110,7 +116,7 @@ class Rows:
         for index, name in enumerate(self.blocks):
             if name in values_U:
                 column = self.column(values_U[name])
-                total = total + self.counts_BKM[index][:, None, None] * column
+                total = total + self.spread(self.counts_BKM[index]) * column
         return total
 
     def largest(self, values_U: Mapping[str, Any]) -> Any:
@@ -118,7 +124,7 @@ class Rows:
         best: Any = 0.0
         for index, name in enumerate(self.blocks):
             column = self.column(values_U[name])
-            best = np.maximum(best, (self.counts_BKM[index] > 0)[:, None, None] * column)
+            best = np.maximum(best, self.spread(self.counts_BKM[index] > 0) * column)
         return best
 
 

@@ -115,7 +115,7 @@ def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recompu
             )
             for name in priced.blocks
         },
-        message_s=engine.exposed.get("pp", 1.0) * _message_seconds(priced),
+        message_s=priced.machine.exposed.get("pp", 1.0) * _message_seconds(priced),
         stall_s=stacked(priced, [[_stall_seconds(priced, state)] for state, _ in states]),
         step_rank_s=stacked(
             priced,
@@ -149,10 +149,9 @@ def message_bytes(priced: PricedLayouts) -> Any:
     """Bytes of a microbatch's message between stages, per rank. What lies replicated is sent in slices by an engine
     that gathers it on the other side."""
     size = max((block.exit_bytes for block in priced.blocks.values()), key=lambda value: np.max(value))
-    if priced.machine.engine.slice_messages:
-        others = [axis for axis in priced.degrees if axis != "pp"]
-        whole = max((block.exit_whole_bytes for block in priced.blocks.values()), key=lambda value: np.max(value))
-        size = whole / group_size(others, priced.degrees)
+    whole = max((block.exit_whole_bytes for block in priced.blocks.values()), key=lambda value: np.max(value))
+    others = [axis for axis in priced.degrees if axis != "pp"]
+    size = np.where(priced.machine.slice_messages, whole / group_size(others, priced.degrees), size)
     return size * (np.asarray(priced.degrees.get("pp", 1)) > 1)
 
 
@@ -165,7 +164,8 @@ def _message_seconds(priced: PricedLayouts) -> Any:
 def _point_to_point(priced: PricedLayouts, size_bytes: Any) -> Any:
     """Seconds of a message of a rank to the next stage."""
     others = [axis for axis in priced.degrees if axis != "pp"]
-    return point_to_point_time(size_bytes, group_size(others, priced.degrees), priced.machine.levels)
+    levels = priced.machine.networks.get("pp", priced.machine.levels)
+    return point_to_point_time(size_bytes, group_size(others, priced.degrees), levels)
 
 
 def _stall_seconds(priced: PricedLayouts, state: StatePlacement) -> Any:
@@ -185,15 +185,15 @@ def _stall_seconds(priced: PricedLayouts, state: StatePlacement) -> Any:
 
 def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepColumns:
     """Price members of one schedule under every placement of state and choice of recomputation prepared."""
-    rows = Rows(tables, members)
+    rows = Rows(tables, members, prepared.priced.machine.num_choices)
     m, v = members.num_microbatches_M, members.num_virtual_M
-    present_KM = rows.ranks_KM > 0
+    present_K = rows.spread(rows.ranks_KM > 0)
     message = v * rows.column(prepared.message_s)
-    sent_K = message * present_KM[:, None, None]
-    stall_K = rows.column(prepared.stall_s) * _num_neighbours(rows)[:, None, None]
+    sent_K = message * present_K
+    stall_K = rows.column(prepared.stall_s) * rows.spread(_num_neighbours(rows))
     forward_K = rows.add(prepared.forward_s) + sent_K + stall_K
     backward_K = rows.add(prepared.backward_s) + sent_K + stall_K
-    pipeline_s = pipeline_time(members.schedule, forward_K, backward_K, rows.ranks_KM[:, None, None], v, m)
+    pipeline_s = pipeline_time(members.schedule, forward_K, backward_K, rows.spread(rows.ranks_KM), v, m)
     slowest = (forward_K + backward_K).argmax(axis=0)
 
     time = {cause: m * pick(rows.add(columns), slowest) for cause, columns in prepared.causes.items()}
@@ -216,8 +216,8 @@ def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepCol
         step_time_s=in_order(time),
         peak_memory_bytes=peak_K.max(axis=0),
         bubble_fraction=bubble_fraction,
-        worst_rank=pick(rows.first_KM[:, None, None], worst),
-        slowest_rank=pick(rows.first_KM[:, None, None], slowest),
+        worst_rank=pick(rows.spread(rows.first_KM), worst),
+        slowest_rank=pick(rows.spread(rows.first_KM), slowest),
     )
 
 
@@ -231,7 +231,7 @@ def _step_end(prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, n
     """Seconds after the last backward of the first rank, by cause, of the rank that ends last: reduction, update,
     gathering of parameters. The ranks behind the first have ended their backwards before it."""
     priced = prepared.priced
-    engine, bytes_ = priced.machine.engine, state_bytes(priced.machine.engine, priced.workload)
+    machine, bytes_ = priced.machine, state_bytes(priced.machine.engine, priced.workload)
     windows = {"step_gradient": backward_K, "step_parameter": forward_K}
     exposed: dict[str, Any] = {}
     # What one transfer has taken of that time is not there for another: else faster computation could make a step
@@ -240,18 +240,18 @@ def _step_end(prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, n
         took = rows.add(columns)
         for axis, share in attributed(axes, priced.degrees).items():
             root = root_axis(axis)
-            hidden = exposed_behind(took, engine.exposed.get(root, 1.0), windows[name_of])
-            exposed[f"exposed_{root}"] = exposed.get(f"exposed_{root}", 0.0) + rows.column(share) * hidden
+            behind = exposed_behind(took, rows.column(machine.exposed.get(root, 1.0)), windows[name_of])
+            exposed[f"exposed_{root}"] = exposed.get(f"exposed_{root}", 0.0) + rows.column(share) * behind
         windows[name_of] = np.maximum(windows[name_of] - took, 0.0)
     for one, other in priced.graph.tied:
         # Both ends of a tied pair exchange their gradients and go on with the sum.
-        took = engine.exposed.get("pp", 1.0) * _point_to_point(priced, parameter_numel(priced, other) * bytes_.gradient)
+        size = parameter_numel(priced, other) * bytes_.gradient
+        took = machine.exposed.get("pp", 1.0) * _point_to_point(priced, size)
         apart = rows.holds_one(one.split("/")[0], other.split("/")[0])
         exposed["exposed_pp"] = exposed.get("exposed_pp", 0.0) + apart * rows.column(took)
     exposed["optimizer"] = rows.add(prepared.update_s)
-    early = rows.first_KM[:, None, None] * backward_K.min(
-        axis=0, where=(rows.ranks_KM > 0)[:, None, None], initial=np.inf
-    )
+    present_K = rows.spread(rows.ranks_KM > 0)
+    early = rows.spread(rows.first_KM) * backward_K.min(axis=0, where=present_K, initial=np.inf)
     total = in_order(exposed)
     last = (total - early / num_virtual).argmax(axis=0)
     found = {cause: pick(seconds, last) for cause, seconds in exposed.items()}

@@ -17,6 +17,7 @@ from rich.tree import Tree
 from meshwright.cost.explain import Explanation, Leaf
 from meshwright.results import Check, Estimate, Measurement
 from meshwright.schedule import ActionKind, Timeline, actions, replay
+from meshwright.search.method import Found
 from meshwright.strategy import Shorthand
 from meshwright.units import format_bytes, format_count, format_seconds
 
@@ -76,6 +77,29 @@ def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], width: int) -> 
         row = values[: len(numbers)]
         table.add_row(str(place), ranked_text(shorthand), *row, style="bold" if place == 1 else "")
     return table
+
+
+def chosen_table(entries: Sequence[Found]) -> Table:
+    """The best members of a space that chooses more than a shorthand says: by samples/s, priced as they choose."""
+    numbers = [(name, "right") for name in ("samples/s", "step", "memory")]
+    table = _plain_table(("#", "right"), ("strategy", "left"), ("chosen besides", "left"), *numbers)
+    for column in table.columns[3:]:
+        column.no_wrap = True
+    for place, found in enumerate(entries, 1):
+        table.add_row(
+            str(place),
+            ranked_text(found.shorthand),
+            " ".join(f"{name}={_word(value)}" for name, value in found.chosen.items()),
+            f"{found.samples_per_s:.2f}",
+            format_seconds(found.step_time_s),
+            format_bytes(found.peak_memory_bytes),
+            style="bold" if place == 1 else "",
+        )
+    return table
+
+
+def _word(value: object) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
 def ranked_text(shorthand: Shorthand) -> str:

@@ -16,8 +16,9 @@ from meshwright.cost.layouts import Machine, PricedLayouts, machine_of, price_la
 from meshwright.cost.stages import Members, RankTable, rank_table
 from meshwright.cost.step import evaluate, prepare
 from meshwright.engine import Engine
+from meshwright.errors import InputError
 from meshwright.graph import Graph
-from meshwright.search.space import KEYS, RECOMPUTES, SCHEDULE_NAMES, Columns, Part, UniformSpace, shorthand_at
+from meshwright.search.space import KEYS, OBSTACLES, SCHEDULE_NAMES, Columns, Part, Space, shorthand_at
 from meshwright.sharding import lay_out, zero_placement
 from meshwright.strategy import (
     STATE_AXES,
@@ -31,16 +32,24 @@ from meshwright.strategy import (
 Progress = Callable[[int], None]
 
 #: Members composed at once: what they need fits into a processor's cache.
-CHUNK = 2048
+CHUNK = 24_576
+
+#: Columns of keys and of results.
+_Chunk = tuple[Columns, Columns]
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Every member of a space with its step time and peak memory; `columns` by `space.KEYS`, all of one length."""
+    """Every member of a space with its step time and peak memory, all columns of one length.
+
+    `columns` by `space.KEYS` and by what the space chooses besides; `obstacle` what keeps a member from running apart
+    from memory, an index into `space.OBSTACLES`; `sequences` those of a step where members differ in it, else 1."""
 
     columns: Columns
     step_time_s: np.ndarray[Any, Any]
     peak_memory_bytes: np.ndarray[Any, Any]
+    obstacle: np.ndarray[Any, Any]
+    sequences: Any
     usable_memory_bytes: float
     cpu_s: float
 
@@ -50,57 +59,76 @@ class Evaluated:
         return len(self.step_time_s)
 
     @property
+    def time_s(self) -> np.ndarray[Any, Any]:
+        """What members are compared by: seconds of a step or, where steps differ in sequences, of a sequence."""
+        seconds: np.ndarray[Any, Any] = self.step_time_s / self.sequences
+        return seconds
+
+    @property
     def feasible(self) -> np.ndarray[Any, Any]:
-        """Which members fit into memory."""
-        fits: np.ndarray[Any, Any] = self.peak_memory_bytes <= self.usable_memory_bytes
+        """Which members can run and fit into memory."""
+        fits: np.ndarray[Any, Any] = (self.obstacle == 0) & (self.peak_memory_bytes <= self.usable_memory_bytes)
         return fits
+
+    @property
+    def infeasible(self) -> dict[str, int]:
+        """How many members cannot run, by the first reason."""
+        counts = dict(zip(OBSTACLES, np.bincount(self.obstacle, minlength=len(OBSTACLES)).tolist(), strict=True))
+        counts["memory"] = counts.pop("") - int(self.feasible.sum())
+        return {reason: count for reason, count in counts.items() if count}
 
     def shorthand(self, row: int) -> Shorthand:
         """One member."""
         return shorthand_at(self.columns, row)
 
 
-def evaluate_space(
-    space: UniformSpace, cluster: Cluster, engine: Engine, progress: Progress | None = None
-) -> Evaluated:
-    """Time and memory of every member. `progress` is told the number of members done."""
+def evaluate_space(space: Space, cluster: Cluster, engine: Engine, progress: Progress | None = None) -> Evaluated:
+    """Time and memory of every member; raises `InputError` where the space cannot be evaluated. `progress` is told the
+    number of members done."""
+    if problems := space.problems():
+        raise InputError(problems)
     started = time.process_time()
     machine = machine_of(cluster, engine, space.workload)
-    chunks: list[tuple[Columns, Any, Any]] = []
+    chunks: list[_Chunk] = []
     done = 0
     for part in space.parts():
-        priced = _price(space.graph, part, machine, space)
+        priced = _price(space.graph, part, space.machine(machine, part), space)
         axes = tuple(axis for axis in priced.degrees if axis in STATE_AXES)
-        levels, kinds = space.state_levels(), space.recomputes()
-        placements = [zero_placement(level, axes) for level in levels]
-        prepared = prepare(priced, placements, [recompute_blocks(space.graph, kind) for kind in kinds])
+        placements = [zero_placement(level, axes) for level in part.levels]
+        prepared = prepare(priced, placements, [recompute_blocks(space.graph, kind) for kind in part.recomputes])
         tables, table_index = _tables(space.graph, part)
-        for code, member in _members(part):
+        num_microbatches = space.workload.global_batch // (part.layouts["dp"] * part.layouts["mbs"])
+        for code, rows in _rows(part):
             members = Members(
                 schedule=SCHEDULE_NAMES[code],
-                layout_M=part.layout_index[member],
-                table_M=table_index[member],
-                num_virtual_M=part.vpp[member],
-                num_microbatches_M=_num_microbatches(space, part)[part.layout_index[member]],
+                layout_M=part.layout_index[rows],
+                table_M=table_index[rows],
+                num_virtual_M=part.vpp[rows],
+                num_microbatches_M=num_microbatches[part.layout_index[rows]],
             )
             result = evaluate(prepared, tables, members)
-            columns, kept = _columns(part, member, levels, kinds, code)
-            chunks.append((columns, result.step_time_s[kept], result.peak_memory_bytes[kept]))
-            done += int(kept.sum())
+            columns = {
+                "step_time_s": part.distinct(rows, result.step_time_s),
+                "peak_memory_bytes": part.distinct(rows, result.peak_memory_bytes),
+                "obstacle": part.distinct(rows, space.obstacles(priced.machine, part, rows)).astype(np.int8),
+            }
+            chunks.append((part.columns(rows), columns))
+            done += len(columns["step_time_s"])
             if progress:
                 progress(done)
-    return _joined(chunks, usable_memory(cluster), time.process_time() - started)
+    return _joined(space, chunks, usable_memory(cluster), started)
 
 
-def _members(part: Part) -> Iterator[tuple[int, Any]]:
-    """Members of one schedule, a chunk at a time."""
+def _rows(part: Part) -> Iterator[tuple[int, Any]]:
+    """Rows of one schedule, a chunk at a time."""
+    at_once = max(1, CHUNK // math.prod(part.shape))
     for code in np.unique(part.schedule):
         own = np.flatnonzero(part.schedule == code)
-        for start in range(0, len(own), CHUNK):
-            yield int(code), own[start : start + CHUNK]
+        for start in range(0, len(own), at_once):
+            yield int(code), own[start : start + at_once]
 
 
-def _price(graph: Graph, part: Part, machine: Machine, space: UniformSpace) -> PricedLayouts:
+def _price(graph: Graph, part: Part, machine: Machine, space: Space) -> PricedLayouts:
     layouts = part.layouts
     splits = uniform_splits(graph, part.pattern.rules())
     kv = graph.dims.get("kv_heads", 1)
@@ -116,7 +144,8 @@ def _price(graph: Graph, part: Part, machine: Machine, space: UniformSpace) -> P
         **(tensor if part.pattern.replicate_kv else {"tp": layouts["tp"]}),
     }
     assert set(tensor_axes(graph, int(layouts["tp"][0]))) <= set(degrees)
-    blocks = {block.name: lay_out(block, splits[block.name]) for block in graph.blocks}
+    kept = part.pattern.keep_gathered
+    blocks = {block.name: lay_out(block, splits[block.name], keep_gathered=kept) for block in graph.blocks}
     return price_layouts(graph, blocks, degrees, layouts["mbs"], machine, space.workload)
 
 
@@ -127,33 +156,19 @@ def _tables(graph: Graph, part: Part) -> tuple[RankTable, Any]:
     return rank_table(graph, [uniform_stages(graph, int(pp), int(vpp)) for pp, vpp in distinct]), index.reshape(-1)
 
 
-def _num_microbatches(space: UniformSpace, part: Part) -> Any:
-    return space.workload.global_batch // (part.layouts["dp"] * part.layouts["mbs"])
+def _joined(space: Space, chunks: list[_Chunk], usable_bytes: float, started: float) -> Evaluated:
+    """Chunks as one record; each is dropped once it is copied."""
 
+    def joined(part: int, key: str) -> Any:
+        return np.concatenate([chunk[part].pop(key) for chunk in chunks]) if chunks else np.zeros(0, dtype=int)
 
-def _columns(part: Part, member: Any, levels: Any, kinds: Any, schedule: int) -> tuple[Columns, Any]:
-    """The keys of a grid of state levels x kinds of recomputation x members, and which of them are strategies of
-    their own: without ranks to shard over all levels are one."""
-    shape = (len(levels), len(kinds), len(member))
-    layout_M = part.layout_index[member]
-    level = np.array(levels)[:, None, None]
-    shards_M = (part.layouts["dp"] * part.layouts["cp"])[layout_M]
-    kept = np.broadcast_to((level == 0) | (shards_M > 1), shape)
-    values: dict[str, Any] = {
-        **{key: column[layout_M] for key, column in part.layouts.items()},
-        "vpp": part.vpp[member],
-        "schedule": schedule,
-        "zero": level,
-        "recompute": np.array([RECOMPUTES.index(kind) for kind in kinds])[:, None],
-        "sp": int(part.pattern.sequence_parallel),
-        "etp": int("tp" in part.pattern.over),
-    }
-    return {key: np.broadcast_to(values[key], shape)[kept].astype(np.int32) for key in KEYS}, kept
-
-
-def _joined(chunks: list[tuple[Columns, Any, Any]], usable: float, cpu_s: float) -> Evaluated:
-    def joined(arrays: list[Any]) -> Any:
-        return np.concatenate(arrays) if arrays else np.zeros(0)
-
-    columns = {key: joined([chunk[0][key] for chunk in chunks]) for key in KEYS}
-    return Evaluated(columns, joined([c[1] for c in chunks]), joined([c[2] for c in chunks]), usable, cpu_s)
+    columns = {key: joined(0, key) for key in (list(chunks[0][0]) if chunks else KEYS)}
+    return Evaluated(
+        columns=columns,
+        step_time_s=joined(1, "step_time_s"),
+        peak_memory_bytes=joined(1, "peak_memory_bytes"),
+        obstacle=joined(1, "obstacle"),
+        sequences=1 if space.whole_batch else space.batch(columns["dp"]),
+        usable_memory_bytes=usable_bytes,
+        cpu_s=time.process_time() - started,
+    )

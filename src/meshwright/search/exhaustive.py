@@ -3,45 +3,74 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from meshwright.plan import Certificate
 from meshwright.search.evaluate import Evaluated, evaluate_space
-from meshwright.search.method import METHODS, Answer, Question
-from meshwright.search.space import KEYS
+from meshwright.search.method import METHODS, Answer, Found, Question
+from meshwright.search.space import OBSTACLES, Space
 
 
 def exhaustive(question: Question, progress: Callable[[int], None] | None = None) -> Answer:
     """Every member priced, the best first; ties go to less memory, then to the canonical order of the space."""
     started = time.perf_counter()
     evaluated = evaluate_space(question.space, question.cluster, question.engine, progress)
-    order = ranked(evaluated, question.objective)
-    nearest = int(np.argmin(evaluated.peak_memory_bytes)) if evaluated.num_strategies else None
+    order = ranked(evaluated, question.objective, question.top)
+    least = _least_memory(evaluated)
     return Answer(
-        ranking=tuple(evaluated.shorthand(row) for row in order[: question.top]),
+        found=tuple(_found(question.space, evaluated, row) for row in order),
         certificate=_certificate(question, evaluated),
         elapsed_s=time.perf_counter() - started,
         cpu_s=evaluated.cpu_s,
         num_evaluated=evaluated.num_strategies,
-        nearest=None if nearest is None else evaluated.shorthand(nearest),
+        least=None if least is None else _found(question.space, evaluated, least),
+        infeasible=evaluated.infeasible,
+        examples=tuple(_examples(question, evaluated)) if least is None else (),
     )
 
 
-def ranked(evaluated: Evaluated, objective: str) -> np.ndarray[Any, Any]:
-    """Rows of feasible members, best first; for `pareto` those that no other beats in both time and memory."""
-    rows = np.flatnonzero(evaluated.feasible)
-    time_s, memory = evaluated.step_time_s[rows], evaluated.peak_memory_bytes[rows]
-    keys = [evaluated.columns[key][rows] for key in reversed(KEYS)]
+def _least_memory(evaluated: Evaluated) -> int | None:
+    """Of the members that could run, the row of the one that needs least memory."""
+    rows = np.flatnonzero(evaluated.obstacle == 0)
+    return int(rows[evaluated.peak_memory_bytes[rows].argmin()]) if len(rows) else None
+
+
+def _found(space: Space, evaluated: Evaluated, row: int) -> Found:
+    shorthand = evaluated.shorthand(row)
+    return Found(
+        shorthand=shorthand,
+        chosen=space.chosen(evaluated.columns, row),
+        sequences=space.batch(shorthand.dp),
+        step_time_s=float(evaluated.step_time_s[row]),
+        peak_memory_bytes=float(evaluated.peak_memory_bytes[row]),
+    )
+
+
+def _examples(question: Question, evaluated: Evaluated) -> Iterator[str]:
+    """Of each kind of obstacle how many members have it, and why the first of them cannot run."""
+    for reason, count in evaluated.infeasible.items():
+        row = int(np.argmax(evaluated.obstacle == OBSTACLES.index(reason)))
+        why = question.space.reason(question.cluster, evaluated.columns, row)
+        yield f"{count:,} members cannot run ({reason}), among them {evaluated.shorthand(row)}: {why}"
+
+
+def ranked(evaluated: Evaluated, objective: str, top: int | None = None) -> np.ndarray[Any, Any]:
+    """Rows of feasible members, best first, all or `top` of them; for `pareto` those that no other beats in both time
+    and memory."""
+    time_s, memory = evaluated.time_s, evaluated.peak_memory_bytes
     first, second = (memory, time_s) if objective == "memory" else (time_s, memory)
-    order = np.lexsort([*keys, second, first])
-    rows = rows[order]
+    rows = np.flatnonzero(evaluated.feasible)
+    if top is not None and top < len(rows) and objective != "pareto":
+        rows = rows[first[rows] <= np.partition(first[rows], top - 1)[top - 1]]  # a sort of all takes long
+    keys = [column[rows] for column in reversed(evaluated.columns.values())]
+    rows = rows[np.lexsort([*keys, second[rows], first[rows]])]
     if objective == "pareto":
-        memory = memory[order]
-        rows = rows[memory < np.concatenate([[np.inf], np.minimum.accumulate(memory)[:-1]])]
-    return rows
+        least = np.minimum.accumulate(memory[rows])
+        rows = rows[memory[rows] < np.concatenate([[np.inf], least[:-1]])]
+    return rows[:top]
 
 
 def _certificate(question: Question, evaluated: Evaluated) -> Certificate:
@@ -49,6 +78,9 @@ def _certificate(question: Question, evaluated: Evaluated) -> Certificate:
     limits = [f"{key} = {value}" for key, value in space.limits.fixed.items()]
     limits += [f"{key} <= {value}" for key, value in space.limits.largest.items()]
     narrowed = f", narrowed to {', '.join(limits)}" if limits else ""
+    kept = evaluated.infeasible
+    others = f" (not so {', '.join(f'{kept[why]:,} for {why}' for why in kept)})" if set(kept) - {"memory"} else ""
+    measure = "" if space.whole_batch or question.objective == "memory" else " in time for one sequence"
     return Certificate(
         method="exhaustive",
         space=space.name,
@@ -59,8 +91,8 @@ def _certificate(question: Question, evaluated: Evaluated) -> Certificate:
         objective=question.objective,
         statement=(
             f"all {evaluated.num_strategies:,} strategies of the {space.name} space of {space.graph.name} on "
-            f"{space.num_devices:,} devices{narrowed} were evaluated; {feasible:,} fit; by this evaluator none of "
-            f"them is better"
+            f"{space.num_devices:,} devices{narrowed} were evaluated; {feasible:,} fit{others}; by this evaluator "
+            f"none of them is better{measure}"
         ),
     )
 

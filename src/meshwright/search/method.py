@@ -6,15 +6,15 @@ register under a name; each is a file of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from meshwright.cluster import Cluster
 from meshwright.engine import Engine
 from meshwright.plan import Certificate
 from meshwright.registry import Registry
-from meshwright.search.space import UniformSpace
+from meshwright.search.space import Space
 from meshwright.strategy import Shorthand
 
 OBJECTIVES = ("step_time", "memory", "pareto")
@@ -24,7 +24,7 @@ OBJECTIVES = ("step_time", "memory", "pareto")
 class Question:
     """A space to look in, the cluster and engine to price it for, what is wanted, and how many answers."""
 
-    space: UniformSpace
+    space: Space
     cluster: Cluster
     engine: Engine
     objective: str = "step_time"
@@ -32,15 +32,46 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """The best strategies first, all feasible; empty where none is. `nearest` is the one that lacks least memory."""
+class Found:
+    """A member of a space as the method saw it: `chosen` is what it is besides its shorthand, in words, and the numbers
+    are of its own choices; `sequences` are those of a step."""
 
-    ranking: tuple[Shorthand, ...]
+    shorthand: Shorthand
+    chosen: Mapping[str, Any]
+    sequences: int
+    step_time_s: float
+    peak_memory_bytes: float
+
+    @property
+    def samples_per_s(self) -> float:
+        """Sequences trained on in a second."""
+        return self.sequences / self.step_time_s
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best members first, all feasible; none where none is. Of those that only memory keeps from running, `least`
+    needs least of it; `infeasible` says how many members cannot run, by reason, and `examples` why one of each kind
+    cannot, where that is all of them."""
+
+    found: tuple[Found, ...]
     certificate: Certificate
     elapsed_s: float
     cpu_s: float
     num_evaluated: int
-    nearest: Shorthand | None = None
+    least: Found | None = None
+    infeasible: Mapping[str, int] = field(default_factory=dict)
+    examples: tuple[str, ...] = ()
+
+    @property
+    def ranking(self) -> tuple[Shorthand, ...]:
+        """The strategies of the members found."""
+        return tuple(found.shorthand for found in self.found)
+
+    @property
+    def nearest(self) -> Shorthand | None:
+        """The strategy that comes nearest to fitting, or fits best."""
+        return self.least.shorthand if self.least else None
 
     @property
     def strategies_per_s(self) -> float:
