@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from meshwright.cluster import Cluster, Quantity, preset_cluster
 from meshwright.cost.analytic import Case, estimate, evaluate_cases
-from meshwright.cost.comm import Shares, collective_time, mesh_group, point_to_point_time, wires
+from meshwright.cost.comm import Shares, Wires, collective_time, point_to_point_time, wires
+from meshwright.cost.extents import Extents, Group
 from meshwright.cost.pipeline import pipeline_time
 from meshwright.engine import engine_names, load_engine
 from meshwright.graph import Graph, Segment
@@ -265,6 +266,24 @@ def test_equal_stages_are_exact(name: str, p: int) -> None:
             assert closed_form(name, [1.0 * v] * p, [2.0 * v] * p, v, m) == pytest.approx(table, rel=1e-12), (v, m)
 
 
+@pytest.mark.parametrize("p", range(1, 17))
+def test_equal_stages_of_zero_bubble_are_exact(p: int) -> None:
+    for m in range(1, 65):
+        h1, h2 = (replay(actions(name, p, 1, m), lambda action: 1.0, p) for name in ("ZB-H1", "ZB-H2"))
+        assert closed_form("ZB-H1", [1.0] * p, [2.0] * p, 1, m) == pytest.approx(h1.makespan_s, rel=1e-12)
+        assert closed_form("ZB-H2", [1.0] * p, [2.0] * p, 1, m) == pytest.approx(h2.period_s, rel=1e-12)
+
+
+def test_zero_bubble_is_faster_than_1f1b_and_holds_more() -> None:
+    found = {
+        name: predict("llama-3-70b", "dgx-h100x8", f"tp=4,pp=8,dp=2,zero=1,sp=1,schedule={name}", 64, 4096)
+        for name in ("1F1B", "ZB-H1", "ZB-H2")
+    }
+    assert found["ZB-H2"].step_time_s < found["ZB-H1"].step_time_s < found["1F1B"].step_time_s
+    assert found["ZB-H2"].peak_memory_bytes > found["ZB-H1"].peak_memory_bytes >= found["1F1B"].peak_memory_bytes
+    assert found["ZB-H2"].bubble_fraction < 0.01
+
+
 def test_equal_ranks_folded_into_one_kind() -> None:
     folded = pipeline_time("1F1B", np.array([1.0]), np.array([2.0]), np.array([4]), 1, 8)
     assert float(folded) == 3 * (8 + 3)
@@ -333,6 +352,10 @@ H100X2 = wires(preset_cluster("dgx-h100x2").levels)
 NVLINK, INFINIBAND, SIZE = 450e9, 50e9, 1e9
 
 
+def group_over(axes: tuple[str, ...], degrees: dict[str, Any], levels: Wires) -> Group:
+    return Extents({}, degrees).group(axes, tuple(level.group_size for level in levels))
+
+
 @pytest.mark.parametrize(
     ("axes", "degrees", "members"),
     [
@@ -346,7 +369,7 @@ NVLINK, INFINIBAND, SIZE = 450e9, 50e9, 1e9
     ],
 )
 def test_groups_by_hand(axes: tuple[str, ...], degrees: dict[str, int], members: tuple[int, ...]) -> None:
-    group = mesh_group(axes, degrees, H100X2)
+    group = group_over(axes, degrees, H100X2)
     assert group.members == members
     assert group.num_ranks == members[-1]
 
@@ -375,7 +398,7 @@ def test_groups_by_hand(axes: tuple[str, ...], degrees: dict[str, int], members:
     ],
 )
 def test_collectives_by_hand(collective: str, axes: str, degrees: dict[str, int], seconds: float) -> None:
-    found = collective_time(Collective(collective), mesh_group((axes,), degrees, H100X2), SIZE, H100X2)
+    found = collective_time(Collective(collective), group_over((axes,), degrees, H100X2), SIZE, H100X2)
     assert float(found.seconds) == pytest.approx(seconds, rel=1e-12)
 
 
@@ -396,7 +419,7 @@ def test_collectives_get_a_share_of_nominal_bandwidth() -> None:
     shared = wires(levels, Shares(inner=0.8, outer=0.9, falloff=0.1))
     for axis, seconds in (("tp", 7 / 8 * SIZE / (0.8 * NVLINK) + 7 * 3e-6),
                           ("dp", 1 / 2 * SIZE / (0.9 * INFINIBAND) * 1.1 + 5e-6)):  # fmt: skip
-        found = collective_time(Collective.ALL_GATHER, mesh_group((axis,), degrees, shared), SIZE, shared)
+        found = collective_time(Collective.ALL_GATHER, group_over((axis,), degrees, shared), SIZE, shared)
         assert float(found.seconds) == pytest.approx(seconds, rel=1e-12)
     measured = [
         dataclasses.replace(level, bandwidth_Bps=Quantity(level.bandwidth_Bps.value, "[measured] here"))
@@ -416,10 +439,10 @@ def test_messages_between_nodes() -> None:
 
 def test_collectives_take_columns() -> None:
     degrees = {"dp": np.array([16, 2, 1]), "tp": np.array([1, 8, 16])}
-    column = collective_time(Collective.ALL_GATHER, mesh_group(("tp",), degrees, H100X2), SIZE, H100X2).seconds
+    column = collective_time(Collective.ALL_GATHER, group_over(("tp",), degrees, H100X2), SIZE, H100X2).seconds
     for row in range(3):
         one = {axis: int(sizes[row]) for axis, sizes in degrees.items()}
-        alone = collective_time(Collective.ALL_GATHER, mesh_group(("tp",), one, H100X2), SIZE, H100X2)
+        alone = collective_time(Collective.ALL_GATHER, group_over(("tp",), one, H100X2), SIZE, H100X2)
         assert column[row] == float(alone.seconds)
 
 

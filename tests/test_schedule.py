@@ -21,6 +21,7 @@ from meshwright.schedule import (
     ActionKind,
     actions,
     interleaved_legal,
+    num_deferred,
     parse_action,
     peak_in_flight,
     rank_of,
@@ -91,7 +92,7 @@ def test_fewer_microbatches_than_ranks_are_legal() -> None:
 def test_unknown_name_and_bad_sizes_are_told_together() -> None:
     problems = schedule_problems("Interleaved1F1", 0, -1, 0)
     assert [str(problem) for problem in problems] == [
-        "schedule = Interleaved1F1: known: GPipe, 1F1B, Interleaved1F1B (nearest: Interleaved1F1B)",
+        "schedule = Interleaved1F1: known: GPipe, 1F1B, Interleaved1F1B, ZB-H1, ZB-H2 (nearest: Interleaved1F1B)",
         "pp = 0: must be at least 1 (nearest: pp=1)",
         "vpp = -1: must be at least 1 (nearest: vpp=1)",
         "num_microbatches = 0: must be at least 1 (nearest: num_microbatches=1)",
@@ -204,11 +205,13 @@ def test_each_microbatch_once_and_no_deadlock(case: tuple[str, int, int, int], b
     name, p, v, m = case
     table = actions(name, p, v, m)
     assert all(rank_of(action.stage, p) == rank for rank, row in enumerate(table) for action in row)
-    expected = {Action(s, kind, b) for s in range(p * v) for kind in (ActionKind.F, ActionKind.B) for b in range(m)}
+    kinds = "FIW" if name.startswith("ZB") else "FB"
+    expected = {Action(s, ActionKind(kind), b) for s in range(p * v) for kind in kinds for b in range(m)}
     assert sum(len(row) for row in table) == len(expected)
     assert {action for row in table for action in row} == expected
 
-    timeline = replay(table, lambda action: 1.0 if action.kind is ActionKind.F else backward, p * v, p2p_s)
+    times = {"F": 1.0, "B": backward, "I": backward / 2, "W": backward / 2}
+    timeline = replay(table, lambda action: times[action.kind], p * v, p2p_s)
     assert timeline.makespan_s >= timeline.period_s >= m * v * (1 + backward) - 1e-6
     assert 0 <= timeline.bubble_fraction < 1
     assert all(a <= b for starts in timeline.start_s for a, b in pairwise(starts))
@@ -221,8 +224,13 @@ def test_every_legal_table_replays() -> None:
 
 def test_peak_in_flight_is_what_the_table_holds() -> None:
     for name, p, v, m in LEGAL:
-        held = [np.cumsum([1 if a.kind is ActionKind.F else -1 for a in row]).max() for row in actions(name, p, v, m)]
+        table, steps = actions(name, p, v, m), {"F": 1, "B": -1, "I": -1, "W": 0}
+        held = [np.cumsum([steps[a.kind] for a in row]).max() for row in table]
         assert peak_in_flight(name, p, v, m, np.arange(p)).tolist() == held, (name, p, v, m)
+        steps |= {"I": 0, "W": -1}
+        kept = [np.cumsum([steps[a.kind] for a in row]).max() for row in table]
+        deferred = num_deferred(name, p, v, m, np.arange(p))
+        assert (peak_in_flight(name, p, v, m, np.arange(p)) + deferred).tolist() == kept, (name, p, v, m)
 
 
 def test_peak_in_flight_broadcasts() -> None:
@@ -248,6 +256,18 @@ def test_makespan_of_interleaved(p: int, v: int, rounds: int) -> None:
     timeline = replay(actions("Interleaved1F1B", p, v, m), unit_times, p * v)
     assert timeline.makespan_s == 3 * m * v + 3 * (p - 1)
     assert timeline.bubble_fraction == pytest.approx((p - 1) / (m * v + p - 1))
+
+
+@pytest.mark.parametrize("p", range(1, 17))
+def test_zero_bubble_spans(p: int) -> None:
+    # F = I = W = 1. ZB-H1 with m >= p: 3 m and a bubble of 1 for each other rank; with fewer there is too little to
+    # fill it, 1 more for each that lacks. ZB-H2 with m >= 2 p - 1: no bubble in the span of a rank.
+    for m in range(1, 65):
+        h1, h2 = (replay(actions(name, p, 1, m), unit_times, p) for name in ("ZB-H1", "ZB-H2"))
+        assert h1.makespan_s == 3 * m + (p - 1) + max(p - m, 0) * (p > 1)
+        assert h2.period_s == 3 * m + max(2 * p - 1 - m, 0) * (p > 1)
+    assert peak_in_flight("ZB-H1", p, 1, 64, 0) == p == peak_in_flight("1F1B", p, 1, 64, 0)
+    assert peak_in_flight("ZB-H2", p, 1, 64, 0) == 2 * p - 1
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

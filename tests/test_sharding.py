@@ -22,6 +22,7 @@ from meshwright.cluster import preset_cluster
 from meshwright.cost.analytic import estimate
 from meshwright.cost.block import kept_bytes, price_block
 from meshwright.cost.compute import Pricing
+from meshwright.cost.extents import Extents
 from meshwright.cost.layouts import machine_of
 from meshwright.engine import load_engine
 from meshwright.graph import Block, Graph, Operator, Role, Segment, Tensor, graph_problems
@@ -67,7 +68,11 @@ MACHINE = machine_of(preset_cluster("dgx-h100x2"), load_engine("unknown"), FLOAT
 
 def pricing(sizes: Mapping[str, Any], degrees: Mapping[str, Any]) -> Pricing:
     """What prices need, on two nodes of H100."""
-    return Pricing(MACHINE.rates, MACHINE.engine, MACHINE.constants, FLOAT16, sizes, degrees)
+    return Pricing(MACHINE.rates, MACHINE.engine, MACHINE.constants, FLOAT16, Extents(sizes, degrees))
+
+
+def kept(layout: BlockLayout, recompute: Recompute, priced_with: Pricing) -> float:
+    return float(sum(kept_bytes(layout, recompute, priced_with, is_end=False).values()))
 
 
 LLAMA = Decoder(
@@ -549,7 +554,7 @@ def test_context_parallelism_divides_activations(c: int) -> None:
     graph = gpt(8, 8)
     s, b, h, a = 32, 2, 64, 8
     layout = layout_of(graph, "layer", CONTEXT)
-    found = kept_bytes(layout, Recompute.NONE, pricing(graph.sizes(b, s), {"cp": c}))
+    found = kept(layout, Recompute.NONE, pricing(graph.sizes(b, s), {"cp": c}))
     assert found == (34 * s * b * h + 5 * a * s * s * b) // c
 
 
@@ -598,7 +603,7 @@ def test_ulysses_exchanges_heads_for_sequence(c: int) -> None:
 
 def activations(graph: Graph, b: int, s: int, t: int, recompute: Recompute, *, sequence: bool) -> float:
     layout = layout_of(graph, "layer", tensor_rule(sequence=sequence))
-    return float(kept_bytes(layout, recompute, pricing(graph.sizes(b, s), {"tp": t})))
+    return kept(layout, recompute, pricing(graph.sizes(b, s), {"tp": t}))
 
 
 def assert_formulas(graph: Graph, b: int, s: int, t: int) -> None:

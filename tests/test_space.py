@@ -16,11 +16,10 @@ from meshwright.engine import load_engine
 from meshwright.errors import InputError
 from meshwright.graph import Graph
 from meshwright.io.models import load_model
-from meshwright.schedule import SCHEDULES
 from meshwright.search.evaluate import Evaluated, evaluate_space
 from meshwright.search.exhaustive import ranked
 from meshwright.search.method import METHODS, Question
-from meshwright.search.space import KEYS, NO_LIMITS, Limits, UniformSpace, limit_problems, limits_of
+from meshwright.search.space import KEYS, NO_LIMITS, SCHEDULE_NAMES, Limits, UniformSpace, limit_problems, limits_of
 from meshwright.strategy import (
     PRODUCT,
     Recompute,
@@ -133,7 +132,7 @@ def test_all_that_is_legal_is_a_member() -> None:
         Shorthand(**dict(zip(PRODUCT, sizes, strict=True)), mbs=mbs, vpp=vpp, schedule=schedule, sp=sp)
         for sizes in product(*degrees)
         if np.prod(sizes) == 8
-        for mbs, vpp, schedule, sp in product(range(1, 13), range(1, 8), SCHEDULES, (0, 1))
+        for mbs, vpp, schedule, sp in product(range(1, 13), range(1, 8), SCHEDULE_NAMES, (0, 1))
     ]
     skeletons = [shorthand for shorthand in skeletons if is_canonical(shorthand)]
     judged = {shorthand: legal(shorthand, space) for shorthand in skeletons}
@@ -325,3 +324,9 @@ def test_the_same_question_has_the_same_answer() -> None:
     first, second = (METHODS["exhaustive"](Question(space_of(0), cluster, engine)).ranking for _ in range(2))
     assert first == second
     assert [parse_shorthand(str(shorthand)) for shorthand in first] == list(first)
+
+
+def test_a_schedule_that_no_space_has_is_refused() -> None:
+    for option in ("--fix", "--max"):
+        (problem,) = limit_problems({"schedule": "ZB-H1"}, option)
+        assert "estimate predicts the others" in problem.rule

@@ -41,8 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-calibrate_app = typer.Typer(help="Measure a machine into a cluster file.", no_args_is_help=True)
-app.add_typer(calibrate_app, name="calibrate")
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset, Hugging Face config.json, or its folder.")]
 ClusterName = Annotated[str, typer.Argument(metavar="CLUSTER", help="Preset NAMExN such as dgx-h100x8, or a file.")]
@@ -242,16 +240,19 @@ def _limits(space: type[Space], fix: str, largest: str) -> Limits:
 
 @dataclass(frozen=True)
 class _Ranked:
-    """A member that a method found, its strategy, the workload of its batch, and the engine's estimate of these."""
+    """A member that a method found, its strategy, the workload of its batch, the engine's estimate of these, and
+    whether that is too near to the first's to say which is faster."""
 
     found: Found
     strategy: Strategy
     workload: Workload
     estimate: Estimate
+    is_tied: bool
 
 
 def _ranked(inputs: _Inputs, answer: Answer) -> list[_Ranked]:
     from meshwright.cost.analytic import estimate
+    from meshwright.cost.spread import is_tied
     from meshwright.strategy import expand
 
     known: dict[Shorthand, tuple[Strategy, Workload, Estimate]] = {}  # members may share a strategy
@@ -261,7 +262,11 @@ def _ranked(inputs: _Inputs, answer: Answer) -> list[_Ranked]:
             workload = replace(inputs.workload, global_batch=found.sequences)
             predicted = estimate(inputs.graph, inputs.cluster, strategy, workload, inputs.engine)
             known[found.shorthand] = (strategy, workload, predicted)
-    return [_Ranked(found, *known[found.shorthand]) for found in answer.found]
+    times_s = [known[found.shorthand][2].step_time_s for found in answer.found]
+    return [
+        _Ranked(found, *known[found.shorthand], is_tied(time_s, times_s[0]))
+        for found, time_s in zip(answer.found, times_s, strict=True)
+    ]
 
 
 def _estimate(inputs: _Inputs, named: NamedStrategy) -> Estimate:
@@ -298,6 +303,7 @@ def _ranked_json(space: str, ranked: _Ranked) -> dict[str, Any]:
         "shorthand": str(found.shorthand),
         "strategy": asdict(ranked.strategy),
         "estimate": asdict(ranked.estimate),
+        "tied_with_best": ranked.is_tied,
     }
     if found.chosen:
         entry[space] = {
@@ -375,7 +381,10 @@ def _show_plan(inputs: _Inputs, answer: Answer, ranking: Sequence[_Ranked]) -> N
         console.print(chosen_table(answer.found))
         console.print(f"The first, as {inputs.engine.name} would run it on these links:", style="dim", markup=False)
     else:
-        console.print(ranking_table([(each.found.shorthand, each.estimate) for each in ranking], console.width))
+        entries = [(each.found.shorthand, each.estimate) for each in ranking]
+        console.print(ranking_table(entries, [each.is_tied for each in ranking], console.width))
+        if any(each.is_tied for each in ranking[1:]):
+            console.print("= cannot be told from the first: too near for what predictions are worth", style="dim")
     console.print(estimate_view(str(best.found.shorthand), best.estimate, usable_memory(inputs.cluster)))
     console.print(
         pipeline_view(
@@ -612,6 +621,9 @@ def _run_json(named: NamedStrategy, measured: Measurement, predicted: Estimate |
 @app.command()
 def validate(
     runs: Annotated[str, typer.Argument(metavar="RUNS.csv", help="Measured runs, one a row.")],
+    figure: Annotated[
+        str, typer.Option("--figure", metavar="FILE.html", help="Draw predicted against measured step times.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Predict measured runs and compare: errors of step time and memory, and how well runs are ranked, by source."""
@@ -619,6 +631,10 @@ def validate(
 
     with _progress("predicting runs", quiet=as_json):
         found = validate_runs(runs)
+    if figure:
+        from meshwright.report.figures import validation_figure
+
+        validation_figure(found.rows, figure)
     if as_json:
         _print_json("validate/1", to_json(found))
     else:
@@ -683,18 +699,75 @@ def presets(as_json: AsJson = False) -> None:
         console.print(f"\n[bold]{title}[/bold]  {', '.join(names)}")
 
 
-@calibrate_app.command("local")
-def calibrate_local(
-    nproc: Annotated[int, typer.Option("--nproc", min=1, max=64, help="Processes that will run.")] = 2,
-    out: Annotated[str, typer.Option("--out", metavar="FILE", help="Cluster file (- is stdout).")] = "-",
+@app.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(metavar="local|RUNS.csv", help="This machine, or your measured runs.")],
+    out: Annotated[
+        list[str] | None, typer.Option("--out", metavar="FILE", help="cluster.json or engine.json; may be given twice.")
+    ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", min=1, max=64, help="Processes that will run (local).")] = 2,
+    as_json: AsJson = False,
 ) -> None:
-    """Measure this machine's matmul, memory and Gloo collectives into a cluster file."""
-    from meshwright.io.native import write
-    from meshwright.runtime.calibrate import calibrate_local as measure
+    """Measure this machine, or learn from runs (ten are plenty), into files for `plan` and `estimate`.
 
+    With `local`, matmul, memory and Gloo collectives become a cluster file (- or nothing: stdout). Runs in the columns
+    of `validate` become an engine or a cluster, as the name of the file says, or both; how much that helps is shown on
+    runs that were left out.
+    """
+    if source == "local":
+        _calibrate_local(nproc, out or ["-"])
+        return
+    from meshwright.bench.calibrate import calibrate as learn
+    from meshwright.io.native import write
+
+    nouns = _calibrated_nouns(out or [])
+    with _progress("learning from runs", quiet=as_json):
+        found = learn(source, list(nouns))
+    for noun, path in nouns.items():
+        write(getattr(found, noun), path)
+    if as_json:
+        errors = {name: getattr(found, name) for name in ("before_pct", "after_pct")}
+        errors |= {f"memory_{name}": getattr(found, f"memory_{name}") for name in errors}
+        skipped = [{"id": row.id, "reason": row.reason} for row in found.skipped]
+        _print_json("calibrate/1", {"num_runs": found.num_runs, **errors, "files": nouns, "skipped": skipped})
+    else:
+        from meshwright.report.validation import calibration_view
+
+        _console().print(calibration_view(found, list(nouns.values())))
+
+
+def _calibrate_local(nproc: int, out: Sequence[str]) -> None:
+    from meshwright.errors import InputError, Problem
+    from meshwright.io.native import write
+    from meshwright.runtime.calibrate import calibrate_local
+
+    if len(out) > 1:
+        raise InputError([Problem("--out", " ".join(out), "a machine is measured into one file, a cluster", out[0])])
     with _progress(f"measuring with {nproc} processes"):
-        cluster = measure(nproc)
-    write(cluster, out)
+        cluster = calibrate_local(nproc)
+    write(cluster, out[0])
+
+
+def _calibrated_nouns(out: Sequence[str]) -> dict[str, str]:
+    """Which noun goes to which file."""
+    from pathlib import Path
+
+    from meshwright.errors import InputError, Problem
+
+    rule = "runs become an engine or a cluster: one of these words in the file's name says which"
+    problems = [] if out else [Problem("--out", "", rule, "engine.json")]
+    nouns: dict[str, str] = {}
+    for path in out:
+        named = [noun for noun in ("engine", "cluster") if noun in Path(path).name.lower()]
+        if len(named) != 1:
+            problems.append(Problem("--out", path, rule, "engine.json"))
+        elif named[0] in nouns:
+            problems.append(Problem("--out", path, f"a second file for the {named[0]}", nouns[named[0]]))
+        else:
+            nouns[named[0]] = path
+    if problems:
+        raise InputError(problems)
+    return nouns
 
 
 @app.command()
@@ -712,6 +785,10 @@ def schema(
         sys.stdout.write(json.dumps(json_schema(noun), indent=2) + "\n")
 
 
+#: What commands need beside the package itself, and the extra that installs it.
+EXTRAS = {"torch": "run", "scipy": "fit", "plotly": "report"}
+
+
 def main() -> None:
     """Run the command line; bad input ends with one clear message and status 2."""
     from meshwright.errors import InputError, MeshwrightError
@@ -724,6 +801,11 @@ def main() -> None:
     except MeshwrightError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.stderr.write(f"error: this needs {error.name}: pip install 'meshwright[{EXTRAS[error.name]}]'\n")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

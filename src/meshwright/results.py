@@ -16,6 +16,10 @@ class Estimate:
     `time` in seconds by cause, summing to `step_time_s`; `memory` in bytes by category of the worst rank, summing to
     `peak_memory_bytes`; `communication` in bytes that the busiest rank sends per step, by mesh axis. `mfu` counts the
     model's FLOPs (three forwards), `hfu` adds what is recomputed; both are fractions of the dense peak.
+
+    `warnings` are faults of the engine that this strategy meets. Four of five runs lie within each interval (None: the
+    evaluator knows none), wider where nothing similar was measured. `fit_probability` is that of a peak within the
+    device's memory; `feasible` asks for a reserve besides.
     """
 
     feasible: bool
@@ -31,6 +35,10 @@ class Estimate:
     tokens_per_s: float
     evaluator: str = "analytic"
     assumptions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    step_time_interval_s: tuple[float, float] | None = None
+    peak_memory_interval_bytes: tuple[float, float] | None = None
+    fit_probability: float | None = None
 
 
 @dataclass(frozen=True)

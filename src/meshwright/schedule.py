@@ -10,14 +10,15 @@ m = `num_microbatches`, r = microbatches per round (Interleaved1F1B takes them t
 References
     GPipe: Huang et al. 2019, arXiv:1811.06965, section 2.3.
     1F1B (PipeDream-Flush) and its interleaved form: Narayanan et al. 2021, arXiv:2104.04473, sections 2.2.1 and 2.2.2.
-    The orders and the rules are those of `torch.distributed.pipelining.schedules` 2.13; tests compare the two.
+    ZB-H1, ZB-H2: Qi et al. 2023, arXiv:2401.10241, section 2.2.
+    Orders and rules of the first three are those of `torch.distributed.pipelining.schedules` 2.13; tests compare them.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -97,7 +98,8 @@ class Schedule:
 
     Every function takes (p, v, m) in this order. `problems` and `table` see only positive numbers, and v > 1 only where
     `virtual_stages_allowed`; `problems` holds what is particular to this schedule. `peak_in_flight` takes the rank as
-    a fourth argument, and arrays that broadcast.
+    a fourth argument, and arrays that broadcast; so does `num_deferred`: microbatches whose gradient of the weights
+    waits, what that needs being kept meanwhile.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Schedule:
     problems: Callable[[int, int, int], list[Problem]]
     table: Callable[[int, int, int], Table]
     peak_in_flight: Callable[[IntArray, IntArray, IntArray, IntArray], IntArray]
+    num_deferred: Callable[[IntArray, IntArray, IntArray, IntArray], IntArray] = lambda p, v, m, rank: np.zeros_like(m)
 
 
 SCHEDULES: Registry[Schedule] = Registry("schedule")
@@ -164,9 +167,24 @@ def peak_in_flight(
     >>> int(peak_in_flight("Interleaved1F1B", 4, 2, 8, 0))
     11
     """
-    p, v, m, k = (np.asarray(size, dtype=np.int64) for size in (num_ranks, num_virtual, num_microbatches, rank))
-    peak = SCHEDULES[name].peak_in_flight(p, v, m, k)  # GPipe's knows nothing of p and rank, the answer's shape does
-    return np.broadcast_to(peak, np.broadcast_shapes(p.shape, v.shape, m.shape, k.shape))
+    return _by_rank(SCHEDULES[name].peak_in_flight, num_ranks, num_virtual, num_microbatches, rank)
+
+
+def num_deferred(
+    name: str,
+    num_ranks: npt.ArrayLike,
+    num_virtual: npt.ArrayLike,
+    num_microbatches: npt.ArrayLike,
+    rank: npt.ArrayLike,
+) -> IntArray:
+    """Microbatches that `rank` keeps beside those in flight, until the gradient of their weights is computed."""
+    return _by_rank(SCHEDULES[name].num_deferred, num_ranks, num_virtual, num_microbatches, rank)
+
+
+def _by_rank(count: Callable[[IntArray, IntArray, IntArray, IntArray], IntArray], *sizes: npt.ArrayLike) -> IntArray:
+    p, v, m, k = (np.asarray(size, dtype=np.int64) for size in sizes)
+    found = count(p, v, m, k)  # GPipe's knows nothing of p and rank, the answer's shape does
+    return np.broadcast_to(found, np.broadcast_shapes(p.shape, v.shape, m.shape, k.shape))
 
 
 # --- GPipe, 1F1B, Interleaved1F1B: warm up with forwards, then alternate ----------------------------------------------
@@ -257,6 +275,49 @@ def _add_family(
 _add_family("GPipe", _gpipe_warm_up)
 _add_family("1F1B", _1f1b_warm_up)
 _add_family("Interleaved1F1B", _interleaved_warm_up, virtual_stages_allowed=True, problems=_interleaved_problems)
+
+
+# --- ZB-H1, ZB-H2: the gradient of the weights fills the bubbles -----------------------------------------------------
+# Each rank runs w forwards, then turns of an input gradient, the gradient of the weights of d microbatches before, and
+# a forward; the gradients that are left come last. H1 holds as many microbatches as 1F1B, H2 as many as it takes to
+# leave no bubble.
+
+
+def _zero_bubble_table(warm_up: WarmUp, deferred: WarmUp, p: int, v: int, m: int) -> Table:
+    def rank_actions(rank: int) -> Iterator[Action]:
+        sizes = [np.asarray(size) for size in (p, v, m, rank)]
+        w, d = (min(int(count(*sizes)), m) for count in (warm_up, deferred))
+        yield from (Action(rank, ActionKind.F, b) for b in range(w))
+        for b in range(m):
+            yield Action(rank, ActionKind.I, b)
+            if b >= d:
+                yield Action(rank, ActionKind.W, b - d)
+            if w + b < m:
+                yield Action(rank, ActionKind.F, w + b)
+        yield from (Action(rank, ActionKind.W, b) for b in range(m - d, m))
+
+    return tuple(tuple(rank_actions(rank)) for rank in range(p))
+
+
+def _add_zero_bubble(name: str, warm_up: WarmUp, deferred: WarmUp) -> None:
+    SCHEDULES.add(
+        name,
+        Schedule(
+            name=name,
+            virtual_stages_allowed=False,
+            problems=lambda p, v, m: [],
+            table=lambda p, v, m: _zero_bubble_table(warm_up, deferred, p, v, m),
+            # The input gradient of a turn goes before its forward: w.
+            peak_in_flight=lambda p, v, m, rank: np.asarray(np.minimum(warm_up(p, v, m, rank), m)),
+            num_deferred=lambda p, v, m, rank: np.asarray(
+                np.minimum(deferred(p, v, m, rank), m - np.minimum(warm_up(p, v, m, rank), m))
+            ),
+        ),
+    )
+
+
+_add_zero_bubble("ZB-H1", lambda p, v, m, rank: p - rank, lambda p, v, m, rank: rank)
+_add_zero_bubble("ZB-H2", lambda p, v, m, rank: 2 * (p - rank) - 1, lambda p, v, m, rank: 2 * rank)
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,9 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64":
 PRECISIONS = ("bfloat16", "float16", "float32", "float64")
 PRODUCT_PRECISIONS = ("", "float8", "float4", "int8")
 
+#: Bytes of one number of each type that products alone can have.
+PRODUCT_BYTES = {"float8": 1, "int8": 1, "float4": 0.5}
+
 #: What people write, and what it means: the type computed in, and that of the layers' products where it is another.
 PRECISION_NAMES = {
     **{name: (name, "") for name in PRECISIONS},

@@ -26,13 +26,16 @@ MIN_COMPARABLE = 3
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a setup."""
+    """What the model says of a setup; see `results.Estimate`."""
 
     step_time_s: float
     peak_memory_bytes: float
-    feasible: bool
-    reasons: tuple[str, ...]
-    assumptions: tuple[str, ...]
+    feasible: bool = True
+    reasons: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    step_time_interval_s: tuple[float, float] | None = None
+    peak_memory_interval_bytes: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,9 @@ def _prediction(found: Estimate, assumptions: tuple[str, ...]) -> Prediction | s
         found.feasible,
         found.reasons,
         (*assumptions, *found.assumptions),
+        found.warnings,
+        found.step_time_interval_s,
+        found.peak_memory_interval_bytes,
     )
 
 
@@ -154,10 +160,11 @@ def source_errors(rows: Iterable[Compared]) -> tuple[SourceErrors, ...]:
     for row in rows:
         if row.row.step_time_s is not None or row.row.peak_memory_bytes is not None:
             by_source[row.row.source].append(row)
-    return tuple(_errors(source, by_source[source]) for source in sorted(by_source))
+    return tuple(errors_of(source, by_source[source]) for source in sorted(by_source))
 
 
-def _errors(source: str, rows: Sequence[Compared]) -> SourceErrors:
+def errors_of(source: str, rows: Sequence[Compared]) -> SourceErrors:
+    """The errors of some rows, under a name."""
     ratios = [row.ratio for row in rows if row.ratio is not None]
     memory = [row.memory_ratio for row in rows if row.memory_ratio is not None]
     ranked = [_times(members) for members in _comparable(rows)]
@@ -244,4 +251,7 @@ def _row(row: Compared) -> dict[str, Any]:
         "feasible": row.prediction.feasible,
         "assumptions": list(row.prediction.assumptions),
         "reasons": list(row.prediction.reasons),
+        "warnings": list(row.prediction.warnings),
+        "step_time_interval_s": row.prediction.step_time_interval_s,
+        "peak_memory_interval_bytes": row.prediction.peak_memory_interval_bytes,
     }

@@ -16,8 +16,9 @@ import numpy as np
 from meshwright.cluster import Cluster
 from meshwright.cost.block import StatePrice
 from meshwright.cost.compute import precision_assumptions
-from meshwright.cost.constants import Constants
+from meshwright.cost.extents import Extents
 from meshwright.cost.layouts import (
+    Machine,
     PricedLayouts,
     end_blocks,
     handover_shares,
@@ -26,11 +27,13 @@ from meshwright.cost.layouts import (
     state_bytes,
 )
 from meshwright.cost.memory import MEMORY_RESERVE
+from meshwright.cost.spread import interval, probability_below, spread, unknowns
 from meshwright.cost.stages import Members, RankTable, Rows, rank_table_of
 from meshwright.cost.step import StepColumns, communication_ledger, evaluate, prepare, utilisation
 from meshwright.engine import Engine
 from meshwright.graph import Graph, Operator
 from meshwright.results import Estimate
+from meshwright.sharding import BlockLayout
 from meshwright.strategy import Strategy, degree_of
 from meshwright.units import format_bytes
 from meshwright.workload import Workload
@@ -71,36 +74,58 @@ def estimate(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workl
     return estimate_of(evaluate_cases([Case(graph, cluster, strategy, workload, engine)]), 0)
 
 
-def evaluate_cases(cases: Sequence[Case], known: Constants | None = None) -> Evaluation:
-    """Price cases of one group (see `grouped`)."""
+@dataclass(frozen=True)
+class Batch:
+    """Cases of one group with all that does not depend on speeds: what is priced again finds it done."""
+
+    cases: Sequence[Case]
+    layouts: Mapping[str, BlockLayout]
+    extents: Extents
+    shares: Mapping[tuple[str, str], Any]
+    microbatch: Any
+    tables: RankTable
+    members: Members
+
+
+def batch_of(cases: Sequence[Case]) -> Batch:
+    """Gather cases of one group (see `grouped`)."""
     first = cases[0]
-    strategy = first.strategy
     degrees = {axis: _column([_degrees(case)[axis] for case in cases]) for axis in _degrees(first)}
-    microbatch = _column([case.strategy.microbatch for case in cases])
-    machine = machine_of(first.cluster, first.engine, first.workload, known)
     shares = [handover_shares(case.graph) for case in cases]
+    return Batch(
+        cases=cases,
+        layouts=first.strategy.layouts(first.graph),
+        extents=Extents(_sizes(cases), degrees),
+        shares={pair: _column([share.get(pair, 0.0) for share in shares]) for pair in set().union(*shares)},
+        microbatch=_column([case.strategy.microbatch for case in cases]),
+        tables=rank_table_of(
+            [block.name for block in first.graph.blocks],
+            [(case.graph.sequence, case.strategy.stages) for case in cases],
+        ),
+        members=Members(
+            schedule=first.strategy.schedule,
+            layout_M=np.arange(len(cases)),
+            table_M=np.arange(len(cases)),
+            num_virtual_M=_column([case.strategy.virtual_stages for case in cases]),
+            num_microbatches_M=_column([case.strategy.num_microbatches(case.workload) for case in cases]),
+        ),
+    )
+
+
+def evaluate_batch(batch: Batch, machine: Machine) -> Evaluation:
+    """Price a batch on a machine."""
+    first = batch.cases[0]
     priced = price_sized(
-        first.graph,
-        first.strategy.layouts(first.graph),
-        _sizes(cases),
-        {pair: _column([share.get(pair, 0.0) for share in shares]) for pair in set().union(*shares)},
-        degrees,
-        microbatch,
-        machine,
-        first.workload,
+        first.graph, batch.layouts, batch.extents, batch.shares, batch.microbatch, machine, first.workload
     )
-    members = Members(
-        schedule=strategy.schedule,
-        layout_M=np.arange(len(cases)),
-        table_M=np.arange(len(cases)),
-        num_virtual_M=_column([case.strategy.virtual_stages for case in cases]),
-        num_microbatches_M=_column([case.strategy.num_microbatches(case.workload) for case in cases]),
-    )
-    tables = rank_table_of(
-        [block.name for block in first.graph.blocks], [(case.graph.sequence, case.strategy.stages) for case in cases]
-    )
-    prepared = prepare(priced, [strategy.state], [strategy.recompute])
-    return Evaluation(cases, priced, prepared.states[0][1], tables, members, evaluate(prepared, tables, members))
+    prepared = prepare(priced, [first.strategy.state], [first.strategy.recompute])
+    columns = evaluate(prepared, batch.tables, batch.members)
+    return Evaluation(batch.cases, priced, prepared.states[0][1], batch.tables, batch.members, columns)
+
+
+def evaluate_cases(cases: Sequence[Case]) -> Evaluation:
+    """Price cases of one group (see `grouped`) on the machine of the first."""
+    return evaluate_batch(batch_of(cases), machine_of(cases[0].cluster, cases[0].engine, cases[0].workload))
 
 
 def _column(values: Sequence[Any]) -> Any:
@@ -174,11 +199,14 @@ def estimate_of(found: Evaluation, row: int) -> Estimate:
     reasons = memory_reasons(memory, peak, int(number(columns.worst_rank)), case.cluster)
     peak_flops = found.priced.machine.rates.peak_flops * case.strategy.num_devices
     mfu, hfu = utilisation(case.graph, case.workload, case.strategy.recompute, peak_flops * step_s)
+    known, told = spread(), unknowns(case.graph, case.cluster.slowest_device, case.workload, case.engine)
+    time_width, memory_width = known.step_time.of(told), known.peak_memory.of(told)
+    time = {name: number(column) for name, column in columns.time.items()}
     return Estimate(
         feasible=not reasons,
         reasons=reasons,
         step_time_s=step_s,
-        time={name: number(column) for name, column in columns.time.items()},
+        time=time,
         memory=memory,
         peak_memory_bytes=peak,
         mfu=mfu,
@@ -187,7 +215,25 @@ def estimate_of(found: Evaluation, row: int) -> Estimate:
         communication={axis: float(column[row]) for axis, column in found.communication.items()},
         tokens_per_s=case.workload.tokens / step_s,
         assumptions=precision_assumptions(case.cluster.slowest_device, case.workload),
+        warnings=tuple(
+            f"{why}: {time[cause] / step_s:.0%} of the step"
+            for cause, why in FAULTS.items()
+            if time.get(cause, 0.0) > NOTED_SHARE * step_s
+        ),
+        step_time_interval_s=interval(step_s, time_width),
+        peak_memory_interval_bytes=interval(peak, memory_width),
+        fit_probability=probability_below(case.cluster.slowest_device.memory_bytes.value, peak, memory_width),
     )
+
+
+#: Causes of time that are faults of an engine, in words.
+FAULTS = {
+    "stall": "messages between stages block their ranks",
+    "reallocation": "memory pressure: the allocator frees and allocates again",
+}
+
+#: A fault is told of where it takes more than this share of the step.
+NOTED_SHARE = 0.02
 
 
 def usable_memory(cluster: Cluster) -> float:
@@ -213,7 +259,7 @@ def devices_needed(graph: Graph, cluster: Cluster, workload: Workload, engine: E
     """What would hold the state of a model at all: devices of this kind, if everything were sharded."""
     bytes_ = state_bytes(engine, workload)
     state = graph.num_parameters * (bytes_.parameter + bytes_.gradient + bytes_.optimizer)
-    room = usable_memory(cluster) - engine.reserved_bytes
+    room = usable_memory(cluster) - engine.memory.reserved_bytes
     needed = int(-(-state // room)) if room > 0 else 0
     return (
         f"parameters, gradients and optimizer take {format_bytes(state)}: at least {max(needed, 1):,} such devices "

@@ -15,18 +15,18 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.cost.comm import Took, Wires, collective_time, doublings, mesh_group
-from meshwright.cost.compute import OperatorPrice, Pricing, price_operators
+from meshwright.cost.comm import Took, Wires, collective_time
+from meshwright.cost.compute import OperatorPrice, Pricing, is_quantized, price_operators
+from meshwright.cost.extents import Extents
 from meshwright.graph import Role
 from meshwright.sharding import (
     BlockLayout,
+    Collective,
     Phase,
     StatePlacement,
     StateTransfers,
     Step,
     Transfer,
-    group_size,
-    local_numel,
     shards_of,
     state_transfers,
     tensor_numel,
@@ -65,6 +65,8 @@ class BlockPrice:
     forward: Communication
     backward: Communication
     kept_bytes: dict[Recompute, Any]
+    working_bytes: Any
+    gathered_bytes: Any
     exit_bytes: Any
     exit_whole_bytes: Any
 
@@ -102,34 +104,47 @@ def price_block(layout: BlockLayout, pricing: Pricing, levels: Wires, *, is_end:
         recomputed_operators={Recompute.NONE: 0, Recompute.SELECTIVE: len(again), Recompute.FULL: len(prices)},
         forward=_communication(layout, (Phase.FORWARD,), pricing, levels),
         backward=_communication(layout, (Phase.BACKWARD, Phase.REGATHER), pricing, levels),
-        kept_bytes={kind: kept_bytes(layout, kind, pricing) for kind in Recompute},
+        kept_bytes={kind: sum(kept_bytes(layout, kind, pricing, is_end=is_end).values()) for kind in Recompute},
+        working_bytes=_working_bytes(layout, prices, pricing),
+        gathered_bytes=sum(
+            _transferred_bytes(layout, transfer, pricing)
+            for transfer in layout.transfers
+            if transfer.phase is Phase.FORWARD and transfer.step.collective is Collective.ALL_GATHER
+        ),
         exit_bytes=sum(
-            local_numel(tensor.dims, layout.made[f"{tensor.name}@out"], pricing.sizes, pricing.degrees)
-            * bytes_of(tensor.dtype)
+            pricing.extents.numel(tensor.dims, layout.made[f"{tensor.name}@out"]) * bytes_of(tensor.dtype)
             for tensor in leaving
         ),
-        exit_whole_bytes=sum(tensor_numel(tensor, pricing.sizes) * bytes_of(tensor.dtype) for tensor in leaving),
+        exit_whole_bytes=sum(tensor_numel(item, pricing.extents.sizes) * bytes_of(item.dtype) for item in leaving),
     )
 
 
-def kept_bytes(layout: BlockLayout, recompute: Recompute, pricing: Pricing) -> Any:
-    """Bytes of activations that a block keeps from its forward to its backward.
+def kept_bytes(layout: BlockLayout, recompute: Recompute, pricing: Pricing, *, is_end: bool) -> dict[str, Any]:
+    """Bytes of the activations that a block keeps from its forward to its backward, by tensor.
 
-    Each tensor that some backward reads, once, as it lies (`BlockLayout.kept`). Selective recomputation drops what is
-    made and read only inside a recompute group; full recomputation keeps the block's inputs alone. Statistics of
+    Each tensor that some backward reads, once, as it lies (`BlockLayout.kept`); what a product in a smaller type reads
+    is kept in that type, beside the tensor itself where another operator reads that. Selective recomputation drops what
+    is made and read only inside a recompute group; full recomputation keeps the block's inputs alone. Statistics of
     normalisations are left out, as in the literature's formulas (2205.05198, equations 1-6).
     """
-    total: Any = 0
-    for name in kept_names(layout, recompute):
+    block, kept = layout.block, {}
+    readers: dict[str, set[bool]] = defaultdict(set)
+    for item in block.operators:
+        for name in item.saves:
+            readers[name].add(is_quantized(block, item, pricing, is_end=is_end))
+    for name in _kept_names(layout, recompute):
+        tensor = block.tensor[name]
+        size: float = 0
+        if readers[name] != {True} or recompute is Recompute.FULL:
+            size += pricing.workload.bytes_of(tensor.dtype)
+        if True in readers[name] and recompute is not Recompute.FULL:
+            size += pricing.rates.product_bytes or 0
         placements = layout.kept.get(name, layout.made[name])
-        tensor = layout.block.tensor[name]
-        numel = local_numel(tensor.dims, placements, pricing.sizes, pricing.degrees)
-        total = total + numel * pricing.workload.bytes_of(tensor.dtype)
-    return total
+        kept[name] = pricing.extents.numel(tensor.dims, placements) * size
+    return kept
 
 
-def kept_names(layout: BlockLayout, recompute: Recompute) -> tuple[str, ...]:
-    """The tensors that `kept_bytes` counts."""
+def _kept_names(layout: BlockLayout, recompute: Recompute) -> tuple[str, ...]:
     block = layout.block
     if recompute is Recompute.FULL:
         names = set(block.inputs) | {name for name in layout.kept if block.tensor[name].role is Role.INPUT}
@@ -142,16 +157,33 @@ def kept_names(layout: BlockLayout, recompute: Recompute) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def _working_bytes(layout: BlockLayout, prices: Sequence[OperatorPrice], pricing: Pricing) -> Any:
+    """Bytes that exist beside what is kept while a block runs backward: the operands of its largest operator, and
+    logits with their copies and gradient as the engine's loss makes them."""
+    block, total = layout.block, np.zeros(())
+    logits = [item.inputs[0] for item in block.operators if item.kind == "cross_entropy"]
+    dims = {block.tensor[name].dims for name in logits}
+    for item, price in zip(block.operators, prices, strict=True):
+        if dims.isdisjoint(block.tensor[name].dims for name in (*item.inputs, *item.outputs)):
+            total = np.maximum(total, price.bytes)
+    for name in logits:
+        tensor = block.tensor[name]
+        beside = pricing.engine.memory.logit_bytes - pricing.workload.bytes_of(tensor.dtype)
+        numel = pricing.extents.numel(tensor.dims, layout.made[name])
+        total = np.maximum(total, max(beside, 0.0) * numel)
+    return total
+
+
 def _communication(layout: BlockLayout, phases: Sequence[Phase], pricing: Pricing, levels: Wires) -> Communication:
     moves = [
         (transfer.step, price_transfer(layout, transfer, pricing, levels))
         for transfer in layout.transfers
         if transfer.phase in phases
     ]
-    return communication(moves, pricing.degrees)
+    return communication(moves, pricing.extents)
 
 
-def communication(moves: Iterable[tuple[Step, Moved]], degrees: Mapping[str, Any]) -> Communication:
+def communication(moves: Iterable[tuple[Step, Moved]], extents: Extents) -> Communication:
     """Moves with what each takes, summed."""
     bytes_: dict[Axes, Any] = defaultdict(float)
     seconds: dict[Axes, Any] = defaultdict(float)
@@ -164,8 +196,8 @@ def communication(moves: Iterable[tuple[Step, Moved]], degrees: Mapping[str, Any
         bytes_[step.axes] = bytes_[step.axes] + moved.bytes
         seconds[step.axes] = seconds[step.axes] + moved.took.seconds
         latency_s = latency_s + moved.took.latency_s
-        size = np.asarray(group_size(step.axes, degrees))
-        count, doubled, ranks = count + (size > 1), doubled + doublings(size), ranks + size * (size > 1)
+        size = np.asarray(extents.ranks(step.axes))
+        count, doubled, ranks = count + (size > 1), doubled + extents.doublings(step.axes), ranks + size * (size > 1)
         largest = np.maximum(largest, size)
     return Communication(dict(bytes_), dict(seconds), latency_s, count, doubled, ranks, largest)
 
@@ -180,17 +212,22 @@ class Moved:
 
 def price_transfer(layout: BlockLayout, transfer: Transfer, pricing: Pricing, levels: Wires) -> Moved:
     """What one transfer of a block takes."""
+    return price_step(transfer.step, _transferred_bytes(layout, transfer, pricing), pricing, levels)
+
+
+def _transferred_bytes(layout: BlockLayout, transfer: Transfer, pricing: Pricing) -> Any:
+    """The larger side's local size."""
     tensor = layout.block.tensor[transfer.tensor]
-    numel = local_numel(tensor.dims, transfer.step.larger, pricing.sizes, pricing.degrees)
-    return price_step(transfer.step, numel * pricing.workload.bytes_of(tensor.dtype), pricing, levels)
+    numel = pricing.extents.numel(tensor.dims, transfer.step.larger)
+    return numel * pricing.workload.bytes_of(tensor.dtype)
 
 
 def price_step(step: Step, size_bytes: Any, pricing: Pricing, levels: Wires) -> Moved:
     """What one collective takes; `size_bytes` is the larger side's local size."""
     if pricing.networks:
-        levels = pricing.networks.get(_booked_on(step, pricing.degrees), levels)
-    group = mesh_group(step.axes, pricing.degrees, levels)
-    sent = traffic(step.collective, group_size(step.axes, pricing.degrees), size_bytes)
+        levels = pricing.networks.get(_booked_on(step, pricing.extents.degrees), levels)
+    group = pricing.extents.group(step.axes, tuple(level.group_size for level in levels))
+    sent = traffic(step.collective, group.num_ranks, size_bytes)
     return Moved(sent, collective_time(step.collective, group, size_bytes, levels))
 
 
@@ -209,13 +246,13 @@ def price_state(layout: BlockLayout, state: StatePlacement, pricing: Pricing) ->
     shard_numel: Any = 0
     for tensor in layout.block.parameters:
         stored = layout.made[tensor.name]
-        held = local_numel(tensor.dims, stored, pricing.sizes, pricing.degrees)
+        held = pricing.extents.numel(tensor.dims, stored)
         numel = numel + held
-        shard_numel = shard_numel + held / group_size(shards_of(stored, state), pricing.degrees)
+        shard_numel = shard_numel + held / pricing.extents.ranks(shards_of(stored, state))
         moves = state_transfers(stored, layout.partial_gradients[tensor.name], state)
         for name in _STATE_FIELDS:
             for step in _steps_of(moves, name):
-                size = local_numel(tensor.dims, step.larger, pricing.sizes, pricing.degrees)
+                size = pricing.extents.numel(tensor.dims, step.larger)
                 key = (step.collective, step.axes)
                 merged[name][key] = (step, merged[name].get(key, (step, 0))[1] + size)
     return StatePrice(numel, shard_numel, *(tuple(merged[name].values()) for name in _STATE_FIELDS))

@@ -8,15 +8,15 @@ changes of protocol with size, in-network reduction, congestion beyond a level's
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from meshwright.cluster import Level, LinkKind
-from meshwright.sharding import Collective, group_size
+from meshwright.cost.extents import Group
+from meshwright.sharding import Collective
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,6 @@ Wires = tuple[Wire, ...]
 
 
 @dataclass(frozen=True)
-class Group:
-    """A communicator: its ranks, and how many of them share one group of each level, innermost first.
-
-    With 8-device nodes a group of 16 neighbours has members (8, 16), one of 4 ranks 8 apart (1, 4).
-    """
-
-    num_ranks: Any
-    members: tuple[Any, ...]
-
-
-def mesh_group(axes: Sequence[str], degrees: Mapping[str, Any], levels: Sequence[Wire]) -> Group:
-    """The group over `axes` of a mesh; `degrees` outermost first, ranks in row-major order."""
-    members: list[Any] = []
-    for level in levels:
-        count: Any = 1
-        stride: Any = 1
-        for axis in reversed(list(degrees)):
-            if axis in axes:
-                room = np.maximum(level.group_size // stride, 1)
-                count = count * np.minimum(degrees[axis], room)
-            stride = stride * degrees[axis]
-        members.append(count)
-    num_ranks = group_size(axes, degrees)
-    members[-1] = num_ranks
-    return Group(num_ranks, tuple(members))
-
-
-@dataclass(frozen=True)
 class Took:
     """Seconds of a collective: of moving its bytes, and of the hops that even an empty one takes."""
 
@@ -117,9 +89,8 @@ def collective_time(collective: Collective, group: Group, size_bytes: Any, level
     tree_s: Any = 0.0
     hop_s: Any = 0.0
     below: Any = 1
-    for level, within in zip(levels, group.members, strict=True):
+    for level, within, doubled in zip(levels, group.members, group.doublings, strict=True):
         parts = within / below
-        doubled = doublings(parts)
         seconds_per_byte = (1 + level.falloff * doubled) / level.bandwidth_Bps
         if collective is Collective.ALL_TO_ALL:
             level_s = size_bytes * (within - below) / group.num_ranks * seconds_per_byte
@@ -133,12 +104,6 @@ def collective_time(collective: Collective, group: Group, size_bytes: Any, level
     in_ring = collective in (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
     latency_s = ring_s if in_ring else np.minimum(tree_s, ring_s)
     return Took(passes * transfer_s, passes * latency_s)
-
-
-def doublings(count: Any) -> Any:
-    """Base-2 logarithm, the same to the last bit for a number and within a column (NumPy's own is not)."""
-    distinct, index = np.unique(count, return_inverse=True)
-    return np.array([math.log2(value) for value in distinct])[index].reshape(np.shape(count))
 
 
 def point_to_point_time(size_bytes: Any, stride: Any, levels: Sequence[Wire]) -> Any:

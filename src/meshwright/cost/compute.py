@@ -17,41 +17,47 @@ import numpy as np
 from meshwright.cluster import Device
 from meshwright.cost.comm import Wires
 from meshwright.cost.constants import Constants
+from meshwright.cost.extents import Extents
 from meshwright.engine import Engine
 from meshwright.graph import Block, Operator, Role
-from meshwright.sharding import OperatorLayout, fullest, local_numel
-from meshwright.workload import Workload
+from meshwright.sharding import OperatorLayout
+from meshwright.workload import PRODUCT_BYTES, Workload
 
 #: A matrix dim that is no multiple of this many 16-bit numbers (16 bytes) is slow on tensor cores.
 ALIGNMENT = 8
-
-#: Shares of nominal where a device's file has none.
-GENERIC_EFFICIENCY = {"matmul": 0.7, "attention": 0.4, "memory": 0.75}  # [derived] the middle of what was fitted
 
 
 @dataclass(frozen=True)
 class DeviceRates:
     """What a device really does: FLOP/s of deep matmuls, of the layers' products (in their own type where the workload
-    has one) and of fused attention, B/s of memory-bound kernels; `peak_flops` is what utilisation refers to."""
+    has one that the device knows, of `product_bytes` a number; None where it is that of the computation) and of fused
+    attention, B/s of memory-bound kernels; `peak_flops` is what utilisation refers to."""
 
     peak_flops: Any
     matmul_flops: Any
     product_flops: Any
     attention_flops: Any
     memory_Bps: Any
+    product_bytes: float | None = None
 
 
-def device_rates(device: Device, workload: Workload) -> DeviceRates:
-    """Rates of a device for a workload's precision."""
+def device_rates(device: Device, workload: Workload, known: Constants) -> DeviceRates:
+    """Rates of a device for a workload's precision: its peaks, and the shares of them that its file states or, where it
+    states none, that devices reach (`constants.Constants`)."""
+    shares = {name: quantity.value for name, quantity in device.efficiency.items()}
+    generic = {"matmul": known.matmul_share, "attention": known.attention_share, "memory": known.memory_share}
+    share = {**generic, **shares}
     peak = peak_flops(device, workload.precision)
-    products = workload.product_precision if workload.product_precision in device.peak_flops else workload.precision
+    is_smaller = workload.product_precision in device.peak_flops
+    products = workload.product_precision if is_smaller else workload.precision
     product_peak = peak_flops(device, products)
     return DeviceRates(
         peak_flops=max(peak, product_peak),
-        matmul_flops=peak * efficiency(device, "matmul"),
-        product_flops=product_peak * efficiency(device, "matmul", products),
-        attention_flops=peak * efficiency(device, "attention"),
-        memory_Bps=device.memory_bandwidth_Bps.value * efficiency(device, "memory"),
+        matmul_flops=peak * share["matmul"],
+        product_flops=product_peak * share.get(f"matmul {products}", share["matmul"]),
+        attention_flops=peak * share["attention"],
+        memory_Bps=device.memory_bandwidth_Bps.value * share["memory"],
+        product_bytes=PRODUCT_BYTES[products] if is_smaller else None,
     )
 
 
@@ -60,14 +66,6 @@ def peak_flops(device: Device, precision: str) -> float:
     peaks = device.peak_flops
     fallback = peaks.get("float16") if precision == "bfloat16" else peaks.get("float32")
     return (peaks.get(precision) or fallback or min(peaks.values(), key=lambda quantity: quantity.value)).value
-
-
-def efficiency(device: Device, kind: str, dtype: str = "") -> float:
-    """The share of nominal that a device reaches: in a type of its own (`matmul float8`) where its file says so."""
-    for name in (f"{kind} {dtype}", kind):
-        if name in device.efficiency:
-            return device.efficiency[name].value
-    return GENERIC_EFFICIENCY[kind]
 
 
 def precision_assumptions(device: Device, workload: Workload) -> tuple[str, ...]:
@@ -99,18 +97,16 @@ Prices = tuple[OperatorPrice, ...]
 
 @dataclass(frozen=True)
 class Pricing:
-    """What every operator is priced with: rates, software, constants, and the sizes that dims and axes have.
+    """What every operator is priced with: rates, software, constants, and the extents of dims and axes.
 
-    `sizes` of all dims by the block's names (batch: sequences of a microbatch on all data-parallel ranks), `degrees`
-    of all mesh axes outermost first; numbers, or columns of one length. Of the workload only types are read.
-    `networks` are the wires of degrees whose communication keeps to some of the hierarchy's (see `layouts.Machine`)."""
+    Of the workload only types are read. `networks` are the wires of degrees whose communication keeps to some of the
+    hierarchy's (see `layouts.Machine`)."""
 
     rates: DeviceRates
     engine: Engine
     constants: Constants
     workload: Workload
-    sizes: Mapping[str, Any]
-    degrees: Mapping[str, Any]
+    extents: Extents
     networks: Mapping[str, Wires] = field(default_factory=dict)
 
 
@@ -141,7 +137,7 @@ def price_operator(
     `peers` are the products that run in one kernel with it, itself among them. Products of the ends of a model are
     never in a smaller type."""
     operator, constants = layout.operator, pricing.constants
-    local = local_dims(block, layout, pricing)
+    local = pricing.extents.local_dims(block, layout)
     num_bytes = operand_bytes(block, layout, pricing)
     traffic_s = num_bytes / pricing.rates.memory_Bps
     if operator.kind == "attention":
@@ -153,16 +149,6 @@ def price_operator(
     passes = {"cross_entropy": pricing.engine.loss_passes, "softmax": constants.softmax_passes}.get(operator.kind, 1.0)
     forward_s = pricing.engine.traffic_factor * passes * traffic_s + constants.kernel_s
     return OperatorPrice(operator.name, 0, num_bytes, forward_s, constants.memory_backward * forward_s)
-
-
-def local_dims(block: Block, layout: OperatorLayout, pricing: Pricing) -> dict[str, Any]:
-    """Size of each dim of an operator on the fullest rank, by the operator's names."""
-    aliases = block.dim_aliases(layout.operator)
-    local = {}
-    for dim in layout.operator.dims:
-        degree = math.prod(pricing.degrees[axis] for axis, split_dim in layout.split.items() if split_dim == dim)
-        local[dim] = fullest(pricing.sizes[aliases[dim]], degree)
-    return local
 
 
 def operand_bytes(block: Block, layout: OperatorLayout, pricing: Pricing) -> Any:
@@ -184,7 +170,7 @@ def _bytes_of(block: Block, layout: OperatorLayout, names: Sequence[str], pricin
     total: Any = 0
     for name in names:
         tensor = block.tensor[name]
-        numel = local_numel(tensor.dims, lies[name], pricing.sizes, pricing.degrees)
+        numel = pricing.extents.numel(tensor.dims, lies[name])
         total = total + numel * pricing.workload.bytes_of(tensor.dtype)
     return total
 
@@ -223,13 +209,15 @@ def _product(
 ) -> OperatorPrice:
     """A contraction: forward over its contracted dims, backward one product for each operand, over the dims that it
     lacks; each at the rate of its own depth and area, or as memory traffic where that takes longer."""
-    operator, local = layout.operator, local_dims(block, layout, pricing)
+    operator, local = layout.operator, pricing.extents.local_dims(block, layout)
     constants = pricing.constants
     flops = _flops(operator, local)
     traffic_s = num_bytes / pricing.rates.memory_Bps
+    cast_in_s, cast_out_s = _cast_seconds(block, layout, pricing, is_end=is_end)
     rate, half_depth = _rate(block, operator, local, pricing, is_end=is_end)
     product = frozenset(operator.contractions[0].split()) & frozenset(local)
-    share = _width(operator, local) / sum(_width(peer.operator, local_dims(block, peer, pricing)) for peer in peers)
+    widths = [_width(peer.operator, pricing.extents.local_dims(block, peer)) for peer in peers]
+    share = _width(operator, local) / sum(widths)
 
     def seconds(results: frozenset[str], joint_depth: bool) -> Any:
         depth = _numel(product - results, local) / (share if joint_depth else 1)
@@ -242,7 +230,25 @@ def _product(
         seconds(frozenset(dims) & product, not is_weight)
         for dims, is_weight in zip(operator.input_dims, weights, strict=True)
     ]
-    return OperatorPrice(operator.name, flops, num_bytes, seconds(product - operator.contracted, False), sum(backward))
+    forward_s = seconds(product - operator.contracted, False) + share * cast_in_s
+    return OperatorPrice(operator.name, flops, num_bytes, forward_s, sum(backward) + cast_out_s)
+
+
+def is_quantized(block: Block, operator: Operator, pricing: Pricing, *, is_end: bool) -> bool:
+    """Whether an operator is a product of a layer with its weights that runs in a smaller type."""
+    has_weight = any(block.tensor[name].role is Role.PARAMETER for name in operator.inputs)
+    return pricing.rates.product_bytes is not None and bool(operator.contractions) and has_weight and not is_end
+
+
+def _cast_seconds(block: Block, layout: OperatorLayout, pricing: Pricing, *, is_end: bool) -> tuple[Any, Any]:
+    """Seconds of casting what a product reads in the forward, and the gradient of its result in the backward, to the
+    smaller type (each once; weights are cast once a step). 0 where there is none."""
+    operator = layout.operator
+    if not is_quantized(block, operator, pricing, is_end=is_end):
+        return 0.0, 0.0
+    per_byte = pricing.constants.cast_passes / pricing.rates.memory_Bps
+    read = [name for name in operator.inputs if block.tensor[name].role is not Role.PARAMETER]
+    return tuple(per_byte * _bytes_of(block, layout, names, pricing) for names in (read, operator.outputs))
 
 
 def _numel(dims: Iterable[str], local: Mapping[str, Any]) -> Any:

@@ -27,7 +27,8 @@ class Constants:
     in the update. `inner_link_share`, `outer_link_share`, `ethernet_share`: what collectives get of the nominal
     bandwidth inside the innermost level, beyond it, and beyond it on Ethernet; `crossing_falloff`: the outer share
     divides by 1 + this x log2(groups joined). `straggler`: share of a step lost per doubling of the nodes to the
-    slowest of them."""
+    slowest of them. `matmul_share`, `attention_share`, `memory_share`: what is reached of a device's peak, and of its
+    memory's bandwidth, where its file does not say."""
 
     half_rate_depth: float
     half_rate_area: float
@@ -46,6 +47,9 @@ class Constants:
     cast_passes: float
     crossing_falloff: float
     straggler: float
+    matmul_share: float
+    attention_share: float
+    memory_share: float
     sources: dict[str, str] = field(default_factory=dict)
 
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from meshwright.cluster import Cluster
 from meshwright.cost.analytic import Case, estimate_of, evaluate_cases
-from meshwright.cost.block import attributed, kept_names, price_transfer
-from meshwright.cost.layouts import PricedLayouts, state_bytes
+from meshwright.cost.block import attributed, kept_bytes, price_transfer
+from meshwright.cost.layouts import PricedLayouts, end_blocks, state_bytes
 from meshwright.cost.stages import rank_table
 from meshwright.engine import Engine
 from meshwright.graph import Block, Graph
 from meshwright.results import Estimate
-from meshwright.sharding import BlockLayout, Phase, Placements, local_numel, local_size
+from meshwright.sharding import BlockLayout, Phase, Placements, local_size
 from meshwright.strategy import Recompute, Strategy, root_axis
 from meshwright.units import format_bytes, format_count, format_flops
 from meshwright.workload import Workload
@@ -226,12 +226,9 @@ def _kept_leaves(context: _Context, total: float) -> Iterator[Leaf]:
     priced = context.priced
     found: list[tuple[str, str, float]] = []
     for block, count in context.counts.items():
-        layout = priced.layouts[block]
-        for name in kept_names(layout, context.strategy.recompute[block]):
-            tensor = layout.block.tensor[name]
-            placements = layout.kept.get(name, layout.made[name])
-            numel = local_numel(tensor.dims, placements, priced.pricing.sizes, priced.degrees)
-            found.append((block, name, count * _scalar(numel) * context.workload.bytes_of(tensor.dtype)))
+        is_end = block in end_blocks(priced.graph)
+        sizes = kept_bytes(priced.layouts[block], context.strategy.recompute[block], priced.pricing, is_end=is_end)
+        found += [(block, name, count * _scalar(size)) for name, size in sizes.items()]
     whole = sum(size for _, _, size in found)
     for block, name, size in sorted(found, key=lambda item: -item[2]):
         yield Leaf(f"{block}/{name}", total * size / whole, "B", f"{format_bytes(size)} a microbatch")
@@ -249,7 +246,7 @@ def _placements(context: _Context) -> Iterator[TensorPlacement]:
 
 def _placement(context: _Context, block: Block, layout: BlockLayout, name: str) -> TensorPlacement:
     made: Placements = layout.made[name]
-    sizes, degrees = context.priced.pricing.sizes, context.priced.degrees
+    sizes, degrees = context.priced.pricing.extents.sizes, context.priced.degrees
     return TensorPlacement(
         block.name,
         name,

@@ -16,9 +16,10 @@ from meshwright.cost.block import BlockPrice, Communication, StatePrice, price_b
 from meshwright.cost.comm import Shares, Wires, wires
 from meshwright.cost.compute import DeviceRates, Pricing, device_rates
 from meshwright.cost.constants import Constants, constants
+from meshwright.cost.extents import Extents
 from meshwright.engine import Engine
 from meshwright.graph import Graph, Tensor
-from meshwright.sharding import BlockLayout, StatePlacement, Step, local_numel, redistribution, wanted_gradient
+from meshwright.sharding import BlockLayout, StatePlacement, Step, redistribution, wanted_gradient
 from meshwright.strategy import degree_of
 from meshwright.workload import Workload
 
@@ -33,6 +34,7 @@ class Machine:
     what it cannot hide. These may be arrays of choices: `num_choices` leading dims, then that of the layouts."""
 
     rates: DeviceRates
+    memory_bytes: float
     levels: Wires
     engine: Engine
     constants: Constants
@@ -47,7 +49,8 @@ def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Cons
     """What pricing needs of a cluster and an engine; the constants are the package's unless given."""
     known = known or constants()
     return Machine(
-        rates=device_rates(cluster.slowest_device, workload),
+        rates=device_rates(cluster.slowest_device, workload, known),
+        memory_bytes=cluster.slowest_device.memory_bytes.value,
         levels=wires_of(cluster.hierarchy(), known),
         engine=engine,
         constants=known,
@@ -78,7 +81,7 @@ class PricedLayouts:
     @property
     def degrees(self) -> Mapping[str, Any]:
         """Sizes of all mesh axes, outermost first."""
-        return self.pricing.degrees
+        return self.pricing.extents.degrees
 
     @property
     def workload(self) -> Workload:
@@ -95,25 +98,22 @@ def price_layouts(
     workload: Workload,
 ) -> PricedLayouts:
     """Price all blocks; `degrees` of all mesh axes outermost first and `microbatch`, as columns of length U."""
-    sizes = graph.sizes(microbatch * degree_of("dp", degrees), workload.seq_len)
-    return price_sized(graph, layouts, sizes, handover_shares(graph), degrees, microbatch, machine, workload)
+    extents = Extents(graph.sizes(microbatch * degree_of("dp", degrees), workload.seq_len), degrees)
+    return price_sized(graph, layouts, extents, handover_shares(graph), microbatch, machine, workload)
 
 
 def price_sized(
     graph: Graph,
     layouts: Mapping[str, BlockLayout],
-    sizes: Mapping[str, Any],
+    extents: Extents,
     shares: Mapping[tuple[str, str], Any],
-    degrees: Mapping[str, Any],
     microbatch: Any,
     machine: Machine,
     workload: Workload,
 ) -> PricedLayouts:
-    """Price all blocks of a structure whose dims have the given `sizes` and whose blocks follow one another by
-    `handover_shares`; all numbers or columns of length U."""
-    pricing = Pricing(
-        machine.rates, machine.engine, machine.constants, workload, sizes, degrees, networks=machine.networks
-    )
+    """Price all blocks of a structure of given extents, whose blocks follow one another by `handover_shares`; all
+    numbers or columns of length U."""
+    pricing = Pricing(machine.rates, machine.engine, machine.constants, workload, extents, machine.networks)
     ends = end_blocks(graph)
     blocks = {
         name: price_block(layout, pricing, machine.levels, is_end=name in ends) for name, layout in layouts.items()
@@ -155,7 +155,7 @@ def _moved(
 ) -> Communication:
     bytes_, seconds = dict(known.bytes), dict(known.seconds)
     for step in steps:
-        numel = local_numel(tensor.dims, step.larger, priced.pricing.sizes, priced.degrees)
+        numel = priced.pricing.extents.numel(tensor.dims, step.larger)
         size = numel * priced.workload.bytes_of(tensor.dtype)
         moved = price_step(step, size, priced.pricing, priced.machine.levels)
         bytes_[step.axes] = bytes_.get(step.axes, 0.0) + share * moved.bytes
@@ -174,16 +174,20 @@ class StateBytes:
 
     parameter: float
     gradient: float
+    gradient_copy: float
     optimizer: float
 
 
 def state_bytes(engine: Engine, workload: Workload) -> StateBytes:
-    """What an engine keeps per parameter: Adam's two moments, and a float32 master copy of 16-bit parameters."""
+    """What an engine keeps per parameter: Adam's two moments, and a float32 master copy of 16-bit parameters; of
+    gradients, the copy in the type of the computation too where the engine keeps one."""
     size = workload.bytes_of("compute")
+    gradient = workload.bytes_of(engine.gradient_type(workload.precision)) if size < 4 else size
     master = engine.master_weights and size < 4
     moment = 4 if engine.master_weights else size
     return StateBytes(
         parameter=size,
-        gradient=workload.bytes_of(engine.gradient_dtype) if size < 4 else size,
+        gradient=gradient,
+        gradient_copy=size if engine.memory.gradient_copy and gradient != size else 0,
         optimizer=2 * max(moment, 4 if master else 0) + (4 if master else 0),
     )

@@ -14,9 +14,11 @@ import numpy as np
 
 from meshwright.cost.block import StatePrice
 from meshwright.cost.layouts import PricedLayouts, end_blocks, state_bytes
+from meshwright.cost.passes import in_order
 from meshwright.cost.stages import Members, Rows
-from meshwright.schedule import peak_in_flight
-from meshwright.sharding import StatePlacement, group_size, local_numel, shards_of
+from meshwright.engine import Footprint
+from meshwright.schedule import num_deferred, peak_in_flight
+from meshwright.sharding import StatePlacement, group_size, shards_of
 from meshwright.strategy import Recompute
 
 #: Share of a device's memory that a plan leaves free: allocators round, fragment and need room to move.
@@ -32,18 +34,31 @@ ByBlock = dict[str, Any]
 
 @dataclass(frozen=True)
 class MemoryColumns:
-    """Bytes per block: of each kind of state (Z x 1 x U), kept for the backward (1 x C x U; `kept_head` apart, of
-    which one microbatch is in flight), and what exists once, of the largest block. `tied` are bytes of tied
-    parameters, by the kinds of state, that a rank holding both ends does not hold twice."""
+    """Bytes per block: of each kind of state and what its update needs besides (Z x 1 x U), kept for the backward
+    (1 x C x U; `kept_head` apart, of which one microbatch is in flight), copies gathered in the forward, and what
+    exists once, of the largest block. `tied` are bytes of tied parameters, by the kinds of state, that a rank holding
+    both ends does not hold twice."""
 
     state: dict[str, ByBlock]
+    update: ByBlock
     tied: dict[str, list[tuple[str, str, Any]]]
     kept: ByBlock
     kept_head: ByBlock
+    copies: ByBlock
     redone: ByBlock
     working: ByBlock
     gathered: ByBlock
-    reserved: float
+    habits: Footprint
+    device_bytes: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each kind of rank by category, at the moment that needs most (K x Z x C x M, with ones where a category
+    does not depend), and what had to be freed and allocated again in each microbatch to stay within the device."""
+
+    ledger: dict[str, Any]
+    reallocated: Any
 
 
 def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes) -> MemoryColumns:
@@ -61,13 +76,20 @@ def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes
         size = getattr(bytes_, kind)
         return per_state(lambda state, price: size * (price.shard_numel if getattr(state, kind) else price.numel))
 
+    habits = priced.machine.engine.memory
+
     def kept(name: str, kind: Recompute) -> Any:
         return blocks[name].kept_bytes[kind]
+
+    def gradient(state: StatePlacement, price: StatePrice) -> Any:
+        copy = 0 if state.gradient else bytes_.gradient_copy
+        return bytes_.gradient * (price.shard_numel if state.gradient else price.numel) + copy * price.numel
 
     last = priced.graph.sequence[-1]
     head = [last] if last in end_blocks(priced.graph) else []  # of equal blocks all the way through none is a head
     return MemoryColumns(
-        state={"parameters": held("parameter"), "gradients": held("gradient"), "optimizer": held("optimizer")},
+        state={"parameters": held("parameter"), "gradients": per_state(gradient), "optimizer": held("optimizer")},
+        update=per_state(lambda state, price: habits.update_bytes * price.numel * state.optimizer),
         tied={
             f"{kind}s" if kind != "optimizer" else kind: [
                 (
@@ -79,10 +101,15 @@ def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes
             ]
             for kind in ("parameter", "gradient", "optimizer")
         },
-        kept=per_recompute(kept, [name for name in blocks if name not in head]),
+        kept=per_recompute(
+            lambda name, kind: habits.kept_factor * kept(name, kind), [name for name in blocks if name not in head]
+        ),
         kept_head=per_recompute(kept, head),
-        redone=per_recompute(lambda name, kind: kept(name, Recompute.NONE) - kept(name, kind), list(blocks)),
-        working={name: stacked(priced, [[_working_bytes(priced, name)]]) for name in blocks},
+        copies={name: stacked(priced, [[block.gathered_bytes]]) for name, block in blocks.items()},
+        redone=per_recompute(
+            lambda name, kind: habits.kept_factor * (kept(name, Recompute.NONE) - kept(name, kind)), list(blocks)
+        ),
+        working={name: stacked(priced, [[block.working_bytes]]) for name, block in blocks.items()},
         gathered=per_state(
             lambda state, price: (
                 (GATHERED_BLOCKS * bytes_.parameter * state.parameter + bytes_.gradient * state.gradient)
@@ -90,27 +117,49 @@ def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes
                 * (price.shard_numel < price.numel)
             )
         ),
-        reserved=priced.machine.engine.reserved_bytes,
+        habits=habits,
+        device_bytes=priced.machine.memory_bytes,
     )
 
 
-def memory_ledger(columns: MemoryColumns, rows: Rows, members: Members) -> dict[str, Any]:
-    """Bytes on each kind of rank, by category: K x Z x C x M, with ones where a category does not depend."""
+def memory_ledger(columns: MemoryColumns, rows: Rows, members: Members, waits: Any) -> Memory:
+    """What each kind of rank needs; `waits` where its host waits for its device (Z x C x M, or 1)."""
+    habits = columns.habits
     in_flight = rows.spread(_in_flight(rows, members) / members.num_virtual_M)
+    gaps = habits.gaps * (rows.ranks_KM.sum(axis=0) > 2)
     every = members.num_microbatches_M if members.schedule == "GPipe" else 1
     state = {}
     for category, held in columns.state.items():
         state[category] = rows.add(held)
         for one, other, size in columns.tied[category]:
             state[category] = state[category] - rows.holds_both(one, other) * rows.column(size)
-    return {
-        **state,
-        "activations": in_flight * rows.add(columns.kept) + every * rows.add(columns.kept_head),
+    state["reserved"] = habits.reserved_bytes * rows.spread(rows.ranks_KM > 0)
+    passes = {
+        "activations": (in_flight + gaps) * rows.add(columns.kept) + every * rows.add(columns.kept_head),
         "recompute_buffer": rows.largest(columns.redone),
         "working_set": rows.largest(columns.working),
         "gathered_state": rows.largest(columns.gathered),
-        "reserved": columns.reserved * rows.spread(rows.ranks_KM > 0),
     }
+    reallocated: Any = np.zeros_like(in_flight)
+    if habits.run_ahead_blocks:
+        ahead = in_flight * _held_copies(columns, rows) * ~np.asarray(waits)
+        beyond = in_order({**state, **passes}) + ahead - habits.pressed_at * columns.device_bytes
+        reallocated = np.clip(beyond, 0.0, ahead)
+        passes["run_ahead"] = ahead * (beyond <= 0)
+    if not habits.update_bytes:
+        return Memory({**state, **passes}, reallocated)
+    update, during_passes = rows.add(columns.update), in_order(passes)
+    ledger = {**state, **{name: value * (during_passes >= update) for name, value in passes.items()}}
+    return Memory({**ledger, "update": update * (during_passes < update)}, reallocated)
+
+
+def _held_copies(columns: MemoryColumns, rows: Rows) -> Any:
+    """Bytes of gathered copies of a microbatch that are held where the host never waits: without a pipeline, or on
+    ranks between its ends, of a number of blocks at most."""
+    num_ranks = rows.ranks_KM.sum(axis=0)
+    free_KM = (num_ranks == 1) | ((rows.first_KM > 0) & (rows.first_KM < num_ranks - 1))
+    share_KM = columns.habits.run_ahead_blocks / np.maximum(rows.counts_BKM.sum(axis=0), 1)
+    return rows.spread(free_KM * np.minimum(share_KM, 1.0)) * rows.add(columns.copies)
 
 
 def stacked(priced: PricedLayouts, rows: Sequence[Sequence[Any]]) -> Any:
@@ -122,20 +171,11 @@ def stacked(priced: PricedLayouts, rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def _in_flight(rows: Rows, members: Members) -> Any:
-    """Forwards of a chunk whose backward has not ended, at most, on the first rank of each kind."""
+    """Forwards of a chunk of which something is kept for a backward, at most, on the first rank of each kind."""
     num_ranks = rows.ranks_KM.sum(axis=0)
-    return peak_in_flight(
-        members.schedule,
-        num_ranks,
-        members.num_virtual_M,
-        members.num_microbatches_M,
-        np.minimum(rows.first_KM, num_ranks - 1),
-    )
-
-
-def _working_bytes(priced: PricedLayouts, name: str) -> Any:
-    """The operands of a block's largest operator, whose gradients exist while it runs backward."""
-    return np.maximum.reduce([np.asarray(price.bytes, dtype=float) for price in priced.blocks[name].operators])
+    first_KM = np.minimum(rows.first_KM, num_ranks - 1)
+    sizes = (num_ranks, members.num_virtual_M, members.num_microbatches_M, first_KM)
+    return peak_in_flight(members.schedule, *sizes) + num_deferred(members.schedule, *sizes)
 
 
 def _tied(priced: PricedLayouts) -> list[tuple[tuple[str, str], str]]:
@@ -156,4 +196,4 @@ def parameter_numel(priced: PricedLayouts, path: str) -> Any:
     """Elements of the parameter `block/name` on a rank."""
     block, _, name = path.partition("/")
     layout = priced.layouts[block]
-    return local_numel(layout.block.tensor[name].dims, layout.made[name], priced.pricing.sizes, priced.degrees)
+    return priced.pricing.extents.numel(layout.block.tensor[name].dims, layout.made[name])

@@ -64,7 +64,7 @@ def state_moves(
             (step, price_step(step, numel * bytes_per_element, priced.pricing, priced.machine.levels))
             for step, numel in transfers
         ],
-        priced.degrees,
+        priced.pricing.extents,
     )
 
 

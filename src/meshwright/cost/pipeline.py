@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+#: Gradients of the weights that fill the bubble of each other rank.
+FILLED_BUBBLES = {"ZB-H1": 1, "ZB-H2": 2}
+
 
 def pipeline_time(
     schedule: str,
@@ -24,8 +27,12 @@ def pipeline_time(
     GPipe (1811.06965): all forwards, then all backwards; a phase takes one pass through all stages and m - 1 turns of
     the slowest. 1F1B (2104.04473, section 2.2.1): the same with a turn of forward and backward. Interleaved1F1B
     (section 2.2.2): the slowest rank works m times through its v chunks; filling and draining cost one chunk of every
-    other rank, and, with fewer microbatches than ranks, (p - m)(v - 1) chunks more. Exact for equal stages (tested
-    against the replayed table); uneven interleaved chunks are taken as equal shares of their rank.
+    other rank, and, with fewer microbatches than ranks, (p - m)(v - 1) chunks more. ZB-H1 and ZB-H2 (2401.10241, table
+    1): the bubble of another rank is F + I - W or F + I - 2 W where the gradient of the weights W fills the rest, and
+    with too few microbatches some of it is left over; under ZB-H2 ranks start their next step one after the other, so
+    that a step takes the span of one. W is taken as half of the backward, of what is recomputed nothing. Exact for
+    equal stages (tested against the replayed table; ZB for F = I = W); uneven interleaved chunks are taken as equal
+    shares of their rank.
     """
     m = num_microbatches
     if schedule == "GPipe":
@@ -35,6 +42,13 @@ def pipeline_time(
         return _passes(rank_time_K, count_K, m)
     slowest = rank_time_K.max(axis=0)
     num_ranks = count_K.sum(axis=0)
+    if schedule in FILLED_BUBBLES:
+        filled = FILLED_BUBBLES[schedule]
+        weights_K = np.minimum(backward_K / 2, forward_K)
+        bubble_K = np.maximum(rank_time_K - (1 + filled) * weights_K, 0.0) * count_K
+        slowest_bubble = np.where(rank_time_K == slowest, bubble_K / np.maximum(count_K, 1), 0.0).max(axis=0)
+        short = np.maximum(filled * num_ranks - (filled - 1) - m, 0) * weights_K.max(axis=0)
+        return m * slowest + bubble_K.sum(axis=0) - slowest_bubble + short * (num_ranks > 1)
     others = ((rank_time_K * count_K).sum(axis=0) - slowest) / num_virtual
     short = np.maximum(num_ranks - m, 0) * (num_virtual - 1) * slowest / num_virtual
     return m * slowest + others + short

@@ -7,7 +7,7 @@ stand the dims of what a space chooses besides (`layouts.Machine.num_choices` of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,19 @@ class Rows:
                 column = self.column(values_U[name])
                 total = total + self.spread(self.counts_BKM[index]) * column
         return total
+
+    def at(self, kind: Any) -> Callable[[Mapping[str, Any]], Any]:
+        """Like `add`, but of one kind of rank for each entry of `kind` (Z x C x M) alone."""
+        counts = {name: pick(self.spread(self.counts_BKM[index]), kind) for index, name in enumerate(self.blocks)}
+
+        def add(values_U: Mapping[str, Any]) -> Any:
+            total: Any = 0.0
+            for name in self.blocks:
+                if name in values_U:
+                    total = total + counts[name] * self.column(values_U[name])
+            return total
+
+        return add
 
     def largest(self, values_U: Mapping[str, Any]) -> Any:
         """The largest over the kinds of blocks of each rank."""

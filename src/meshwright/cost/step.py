@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from meshwright.cost.block import StatePrice, attributed
-from meshwright.cost.comm import doublings, point_to_point_time
+from meshwright.cost.comm import point_to_point_time
+from meshwright.cost.extents import doublings
 from meshwright.cost.layouts import PricedLayouts, price_states, state_bytes
 from meshwright.cost.memory import (
     MemoryColumns,
@@ -62,7 +63,8 @@ class Prepared:
 
     `causes` sum the seconds of a microbatch forward and backward by cause; `moves` are the transfers of state that
     follow the last backward, as (attribute of a state's price, axes, seconds per block); `update_s` the optimizer's
-    seconds per block."""
+    seconds per block; `blocks` and `blocks_many` where messages block their ranks, the latter with many microbatches
+    only."""
 
     priced: PricedLayouts
     states: States
@@ -72,7 +74,8 @@ class Prepared:
     moves: list[tuple[str, tuple[str, ...], dict[str, Any]]]
     update_s: dict[str, Any]
     message_s: Any
-    stall_s: Any
+    blocks: Any
+    blocks_many: Any
     step_rank_s: Any
     memory: MemoryColumns
 
@@ -116,7 +119,8 @@ def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recompu
             for name in priced.blocks
         },
         message_s=priced.machine.exposed.get("pp", 1.0) * _message_seconds(priced),
-        stall_s=stacked(priced, [[_stall_seconds(priced, state)] for state, _ in states]),
+        blocks=stacked(priced, [[_blocks(priced)]]),
+        blocks_many=stacked(priced, [[_blocks_many(priced, state)] for state, _ in states]),
         step_rank_s=stacked(
             priced,
             [
@@ -168,16 +172,23 @@ def _point_to_point(priced: PricedLayouts, size_bytes: Any) -> Any:
     return point_to_point_time(size_bytes, group_size(others, priced.degrees), levels)
 
 
-def _stall_seconds(priced: PricedLayouts, state: StatePlacement) -> Any:
-    """Seconds for which a message between stages blocks both of its ranks (see `engine.Crossing`)."""
+def _blocks(priced: PricedLayouts) -> Any:
+    """Whether messages block their ranks whatever the state and the number of microbatches (see `engine.Crossing`)."""
     fault = priced.machine.engine.crossing
     if not fault.stall_s or len(priced.machine.levels) == 1:
-        return 0.0
-    unsharded = not state.optimizer and np.asarray(degree_of("dp", priced.degrees)) > 1
-    blocks = (num_nodes(priced) >= fault.stall_nodes) | (unsharded & (np.asarray(priced.microbatch) == 1))
+        return False
+    large: Any = False
     for block in priced.blocks.values():
-        blocks = blocks | (block.forward.largest >= fault.stall_group)
-    return fault.stall_s * (blocks & crosses_nodes(priced))
+        large = large | (block.forward.largest >= fault.stall_group)
+    return (num_nodes(priced) >= fault.stall_nodes) | (large & crosses_nodes(priced))
+
+
+def _blocks_many(priced: PricedLayouts, state: StatePlacement) -> Any:
+    """Whether they do with many microbatches of one sequence, where state lies whole on several data-parallel ranks."""
+    if not priced.machine.engine.crossing.stall_s or state.optimizer:
+        return False
+    copied = np.asarray(degree_of("dp", priced.degrees)) > 1
+    return copied & (np.asarray(priced.microbatch) == 1) & crosses_nodes(priced)
 
 
 # --- composition ---------------------------------------------------------------------------------------------------
@@ -187,33 +198,44 @@ def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepCol
     """Price members of one schedule under every placement of state and choice of recomputation prepared."""
     rows = Rows(tables, members, prepared.priced.machine.num_choices)
     m, v = members.num_microbatches_M, members.num_virtual_M
+    engine = prepared.priced.machine.engine
     present_K = rows.spread(rows.ranks_KM > 0)
+    many = m >= engine.crossing.stall_microbatches
+    waits = (rows.column(prepared.blocks) > 0) | ((rows.column(prepared.blocks_many) > 0) & many)
+    memory = memory_ledger(prepared.memory, rows, members, waits)
     message = v * rows.column(prepared.message_s)
     sent_K = message * present_K
-    stall_K = rows.column(prepared.stall_s) * rows.spread(_num_neighbours(rows))
-    forward_K = rows.add(prepared.forward_s) + sent_K + stall_K
-    backward_K = rows.add(prepared.backward_s) + sent_K + stall_K
+    stall_K = engine.crossing.stall_s * waits * rows.spread(_num_neighbours(rows))
+    retry_K = engine.memory.retry_s_per_byte / 2 * memory.reallocated
+    forward_K = rows.add(prepared.forward_s) + sent_K + stall_K + retry_K
+    backward_K = rows.add(prepared.backward_s) + sent_K + stall_K + retry_K
     pipeline_s = pipeline_time(members.schedule, forward_K, backward_K, rows.spread(rows.ranks_KM), v, m)
     slowest = (forward_K + backward_K).argmax(axis=0)
 
-    time = {cause: m * pick(rows.add(columns), slowest) for cause, columns in prepared.causes.items()}
+    at_slowest = rows.at(slowest)
+    time = {cause: m * at_slowest(columns) for cause, columns in prepared.causes.items()}
     time["exposed_pp"] = 2 * m * message
-    time["stall"] = 2 * m * pick(stall_K, slowest)
-    time["bubble"] = np.maximum(pipeline_s - in_order(time), 0.0)  # the maximum is for rounding only
+    if engine.crossing.stall_s:
+        time["stall"] = 2 * m * pick(stall_K, slowest)
+    if engine.memory.retry_s_per_byte:
+        time["reallocation"] = 2 * m * pick(retry_K, slowest)
+    busy_s = in_order(time)
+    time["bubble"] = np.maximum(pipeline_s - busy_s, 0.0)  # the maximum is for rounding only
     bubble_fraction = time["bubble"] / pipeline_s
-    for cause, seconds in _step_end(prepared, rows, forward_K, backward_K, v).items():
+    end, end_s = _step_end(prepared, rows, forward_K, backward_K, v)
+    for cause, seconds in end.items():
         time[cause] = time.get(cause, 0.0) + seconds
+    spent_s = busy_s + time["bubble"] + end_s
     lost = prepared.priced.machine.constants.straggler * rows.column(doublings(num_nodes(prepared.priced)))
-    time["stragglers"] = lost * in_order(time)
-    time["constant"] = prepared.priced.machine.engine.step_constant_s + rows.column(prepared.step_rank_s)
+    time["stragglers"] = lost * spent_s
+    time["constant"] = engine.step_constant_s + rows.column(prepared.step_rank_s)
 
-    memory_K = memory_ledger(prepared.memory, rows, members)
-    peak_K = in_order(memory_K)
+    peak_K = in_order(memory.ledger)
     worst = peak_K.argmax(axis=0)
     return StepColumns(
         time=time,
-        memory={category: pick(bytes_K, worst) for category, bytes_K in memory_K.items()},
-        step_time_s=in_order(time),
+        memory={category: pick(bytes_K, worst) for category, bytes_K in memory.ledger.items()},
+        step_time_s=spent_s + time["stragglers"] + time["constant"],
         peak_memory_bytes=peak_K.max(axis=0),
         bubble_fraction=bubble_fraction,
         worst_rank=pick(rows.spread(rows.first_KM), worst),
@@ -222,14 +244,18 @@ def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepCol
 
 
 def _num_neighbours(rows: Rows) -> Any:
-    """Stages with which each kind of rank exchanges messages: one at the ends, two between."""
+    """Stages with which each kind of rank exchanges messages: one at the ends, two between; what blocks messages takes
+    as long without a pipeline as between two neighbours."""
     last_M = rows.ranks_KM.sum(axis=0) - 1
-    return ((rows.first_KM > 0).astype(int) + (rows.first_KM < last_M)) * (rows.ranks_KM > 0)
+    neighbours = (rows.first_KM > 0).astype(int) + (rows.first_KM < last_M) + 2 * (last_M == 0)
+    return neighbours * (rows.ranks_KM > 0)
 
 
-def _step_end(prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, num_virtual: Any) -> dict[str, Any]:
-    """Seconds after the last backward of the first rank, by cause, of the rank that ends last: reduction, update,
-    gathering of parameters. The ranks behind the first have ended their backwards before it."""
+def _step_end(
+    prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, num_virtual: Any
+) -> tuple[dict[str, Any], Any]:
+    """Seconds after the last backward of the first rank, by cause and in all, of the rank that ends last: reduction,
+    update, gathering of parameters. The ranks behind the first have ended their backwards before it."""
     priced = prepared.priced
     machine, bytes_ = priced.machine, state_bytes(priced.machine.engine, priced.workload)
     windows = {"step_gradient": backward_K, "step_parameter": forward_K}
@@ -254,16 +280,12 @@ def _step_end(prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, n
     early = rows.spread(rows.first_KM) * backward_K.min(axis=0, where=present_K, initial=np.inf)
     total = in_order(exposed)
     last = (total - early / num_virtual).argmax(axis=0)
-    found = {cause: pick(seconds, last) for cause, seconds in exposed.items()}
-    ahead = pick(early / num_virtual * np.ones_like(total), last)
-    return _shortened(found, ahead)
-
-
-def _shortened(entries: dict[str, Any], by: Any) -> dict[str, Any]:
-    """Entries less what is hidden of their sum, each in proportion."""
-    total = in_order(entries)
-    left = np.maximum(total - by, 0.0) / np.maximum(total, 1e-300)
-    return {cause: left * seconds for cause, seconds in entries.items()}
+    ends_s = pick(total, last)
+    ahead = pick(early, last) / num_virtual
+    # What is hidden is taken off each cause in proportion.
+    left_s = np.maximum(ends_s - ahead, 0.0)
+    share = left_s / np.maximum(ends_s, 1e-300)
+    return {cause: share * pick(seconds, last) for cause, seconds in exposed.items()}, left_s
 
 
 # --- what goes with a step: utilisation and communication ------------------------------------------------------------

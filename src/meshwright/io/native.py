@@ -85,11 +85,17 @@ def register(noun: Noun) -> None:
     NOUNS.add(noun.name, noun)
 
 
+def _engine_2(old: Json) -> Json:
+    """What an engine holds in memory is a record of its own."""
+    rest = {key: value for key, value in old.items() if key != "reserved_bytes"}
+    return {**rest, "memory": {"reserved_bytes": old["reserved_bytes"]}} if "reserved_bytes" in old else rest
+
+
 register(Noun("graph", 1, Graph, graph_problems))
 register(Noun("cluster", 1, Cluster, cluster_problems))
 register(Noun("workload", 1, Workload, workload_problems))
 register(Noun("strategy", 1, Strategy))  # its rules need a graph and a cluster: `strategy_problems` is the caller's
-register(Noun("engine", 1, Engine, engine_problems))
+register(Noun("engine", 2, Engine, engine_problems, {1: _engine_2}))
 register(Noun("estimate", 1, Estimate))
 register(Noun("measurement", 1, Measurement))
 register(Noun("plan", 1, Plan))

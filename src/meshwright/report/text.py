@@ -59,13 +59,14 @@ def _plain_table(*columns: tuple[str, str]) -> Table:
 WIDE_ENOUGH = 84
 
 
-def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], width: int) -> Table:
-    """The best strategies, one a row; more than one virtual stage means the interleaved schedule."""
+def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], tied: Sequence[bool], width: int) -> Table:
+    """The best strategies, one a row; more than one virtual stage means the interleaved schedule. Those that are `tied`
+    with the first are marked."""
     numbers = ["step", "MFU", "memory", *(["bubble", "exposed"] if width >= WIDE_ENOUGH else [])]
     table = _plain_table(("#", "right"), ("strategy", "left"), *((name, "right") for name in numbers))
     for column in table.columns[2:]:
         column.no_wrap = True
-    for place, (shorthand, estimate) in enumerate(entries, 1):
+    for place, ((shorthand, estimate), is_tied) in enumerate(zip(entries, tied, strict=True), 1):
         exposed = sum(value for name, value in estimate.time.items() if name.startswith("exposed"))
         values = (
             format_seconds(estimate.step_time_s),
@@ -75,7 +76,8 @@ def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], width: int) -> 
             f"{exposed / estimate.step_time_s:.1%}",
         )
         row = values[: len(numbers)]
-        table.add_row(str(place), ranked_text(shorthand), *row, style="bold" if place == 1 else "")
+        mark = f"= {place}" if is_tied and place > 1 else str(place)
+        table.add_row(mark, ranked_text(shorthand), *row, style="bold" if place == 1 else "")
     return table
 
 
@@ -137,7 +139,7 @@ def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Gr
     verdict = Text("fits", style="green") if estimate.feasible else Text("does not fit", style="red")
     head = Text.assemble(
         ("strategy ", "dim"), shorthand, "\n",
-        ("step ", "dim"), (format_seconds(estimate.step_time_s), "bold"),
+        ("step ", "dim"), (format_seconds(estimate.step_time_s), "bold"), (_bounds(estimate), "dim"),
         ("   tokens/s ", "dim"), format_count(estimate.tokens_per_s),
         ("   MFU ", "dim"), f"{estimate.mfu:.1%}", ("   HFU ", "dim"), f"{estimate.hfu:.1%}",
         ("   bubble ", "dim"), f"{estimate.bubble_fraction:.1%}", ("   memory ", "dim"), verdict,
@@ -152,8 +154,17 @@ def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Gr
         text = ", ".join(f"{axis} {format_bytes(value)}" for axis, value in sent.items())
         parts.append(Text.assemble(("sent per rank and step: ", "dim"), text))
     parts += [Text(reason, style="red") for reason in estimate.reasons]
+    parts += [Text(warning, style="yellow") for warning in estimate.warnings]
     parts += [Text(f"assumed: {assumption}", style="dim") for assumption in estimate.assumptions]
     return Group(*parts)
+
+
+def _bounds(estimate: Estimate) -> str:
+    """Between what four of five runs lie."""
+    if estimate.step_time_interval_s is None:
+        return ""
+    low, high = (format_seconds(value) for value in estimate.step_time_interval_s)
+    return f" ({low} to {high} in 4 of 5 runs)"
 
 
 def leaf_tree(leaf: Leaf, depth: int = 3, least: float = 0.005) -> Tree:

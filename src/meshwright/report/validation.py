@@ -1,4 +1,4 @@
-"""What `meshwright validate` prints: errors by source, and what was skipped."""
+"""What `meshwright validate` and `meshwright calibrate` print: errors, and what was skipped."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from meshwright.bench.calibrate import Calibration
 from meshwright.bench.runs import Skipped
 from meshwright.bench.validate import SourceErrors, Validation
 
@@ -59,3 +60,16 @@ def _skipped_lines(skipped: Iterable[Skipped]) -> list[Text]:
         lines.append(Text.assemble(("skipped ", "yellow"), f"{names[0]}{more}: {reason}"))
     rest = len(ids) - SHOWN_REASONS
     return [*lines, Text(f"... and {rest:,} more reasons (--json has all)")] if rest > 0 else lines
+
+
+def calibration_view(found: Calibration, files: Iterable[str]) -> RenderableType:
+    """What runs were worth: median errors without them, and of runs left out in turn with the others."""
+    lines = [Text(f"{found.num_runs:,} runs, into {', '.join(files)}")]
+    told = (
+        ("step time", found.before_pct, found.after_pct),
+        ("peak memory", found.memory_before_pct, found.memory_after_pct),
+    )
+    for name, before, after in told:
+        if before is not None and after is not None:
+            lines.append(Text(f"{name}: median error {before:.1f} % before, {after:.1f} % on runs left out, after"))
+    return Group(*lines, *_skipped_lines(found.skipped))

@@ -16,6 +16,9 @@ from meshwright.workload import Workload, workload_problems
 #: More processes than this on one machine are taken for a slip of the finger.
 MAX_PROCESSES = 64
 
+#: The others are predicted only.
+SCHEDULES_RUN = ("GPipe", "1F1B", "Interleaved1F1B")
+
 
 def run_problems(graph: Graph, strategy: Strategy, workload: Workload) -> list[Problem]:
     """Every reason why a strategy cannot be run here: the rules of strategies, and what execution lacks."""
@@ -51,6 +54,8 @@ def _graph_problems(graph: Graph) -> Iterator[Problem]:
 
 
 def _strategy_problems(graph: Graph, strategy: Strategy) -> Iterator[Problem]:
+    if strategy.schedule not in SCHEDULES_RUN:
+        yield Problem("schedule", strategy.schedule, f"schedules that can be run: {', '.join(SCHEDULES_RUN)}", "1F1B")
     if strategy.virtual_stages > 1 and not is_dealt_in_order(strategy):
         ranks = [stage.pipeline_rank for stage in strategy.stages]
         rule = "with several stages a rank, stage i lies on pipeline rank i modulo their number"

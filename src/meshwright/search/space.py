@@ -24,7 +24,7 @@ from meshwright.cost.layouts import Machine
 from meshwright.errors import Problem, nearest_name
 from meshwright.graph import Graph
 from meshwright.registry import Registry
-from meshwright.schedule import SCHEDULES, interleaved_legal
+from meshwright.schedule import interleaved_legal
 from meshwright.sharding import AxisRule
 from meshwright.strategy import (
     Recompute,
@@ -43,7 +43,8 @@ from meshwright.strategy import (
 )
 from meshwright.workload import Workload
 
-SCHEDULE_NAMES = tuple(SCHEDULES)
+#: The schedules from which spaces choose; the others of `schedule.SCHEDULES` are predicted where a strategy names them.
+SCHEDULE_NAMES = ("GPipe", "1F1B", "Interleaved1F1B")
 RECOMPUTES = tuple(Recompute)
 
 #: The keys of a member, in canonical order; schedules and recomputation by their index in the tuples above.
@@ -342,7 +343,10 @@ def limit_problems(given: Mapping[str, Any], option: str, space: type[Space] = U
     rule = f"the {space.name} space varies {', '.join(known)}"
     others = [key for key in given if key not in known and given[key] != getattr(Shorthand(), key)]
     problems = [Problem(option, f"{key}={given[key]}", rule, nearest_name(key, known)) for key in others]
-    if option == "--max" and "schedule" in given:
+    if given.get("schedule", SCHEDULE_NAMES[0]) not in SCHEDULE_NAMES:
+        rule = f"spaces choose from {', '.join(SCHEDULE_NAMES)}; estimate predicts the others"
+        problems.append(Problem(option, f"schedule={given['schedule']}", rule))
+    elif option == "--max" and "schedule" in given:
         fixed = f"schedule={given['schedule']}"
         problems.append(Problem(option, fixed, "schedules have no order", f"--fix {fixed}"))
     return problems

@@ -1,0 +1,263 @@
+"""How well runs are predicted that the fit never saw: `python -m meshwright.bench.leave_out [RUNS.csv] [--only NAME]`.
+
+Each source is left out whole, and of the largest source each width of its models; the fit sees the rest, predicts what
+was left out, and is then calibrated with three random runs of it, as a stranger would. Prints Markdown; `--jobs N` fits
+N folds at once (each takes minutes), `--write` puts the widths of error bars that follow into `data/spread.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from meshwright.bench.refit import DATA, PUBLISHED, measured
+from meshwright.bench.runs import Row, read_rows
+from meshwright.bench.validate import Compared, Prediction, SourceErrors, errors_of
+from meshwright.cost.constants import Constants, constants
+from meshwright.cost.fit import Offsets, Runs, architecture, fit, own_keys, predict
+from meshwright.cost.spread import COVERAGE, WIDTHS_OF_SCALE, Unknowns, Width
+
+#: Runs with which a fold is calibrated, and how many random choices of them.
+NUM_CALIBRATING = 3
+NUM_DRAWS = 5
+
+#: Steps of the fit: enough for residuals to stand still to a tenth of a percent.
+NUM_EVALUATIONS = 16
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Runs left out together."""
+
+    name: str
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How a fold fell: the fit that never saw it, logarithms of predicted over measured (NaN where not measured), what
+    was unknown of each run, and the median errors in percent that are left after each calibration with a few runs."""
+
+    fold: Fold
+    offsets: Offsets
+    compared: tuple[Compared, ...]
+    time_residuals: Any
+    memory_residuals: Any
+    unknowns: tuple[Unknowns, ...]
+    calibrated_pct: tuple[float, ...]
+
+    @property
+    def errors(self) -> SourceErrors:
+        """As `validate` counts them."""
+        return errors_of(self.fold.name, self.compared)
+
+
+def folds(rows: Sequence[Row]) -> list[Fold]:
+    """Each source, and each width of the models of the largest."""
+    by_source: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_source[row.source].append(index)
+    found = [Fold(source, tuple(members)) for source, members in sorted(by_source.items())]
+    ((largest, _),) = Counter(row.source for row in rows).most_common(1)
+    widths: dict[int, list[int]] = defaultdict(list)
+    for index in by_source[largest]:
+        widths[rows[index].setup.hidden].append(index)
+    if len(widths) > 1:
+        found += [Fold(f"{largest}, hidden {width}", tuple(members)) for width, members in sorted(widths.items())]
+    return found
+
+
+def leave_out(fold: Fold, rows: Sequence[Row], runs: Runs) -> LeftOut:
+    """Fit without a fold, and predict it."""
+    kept = sorted(set(range(len(rows))) - set(fold.rows))
+    found = fit(runs.only(kept), num_evaluations=NUM_EVALUATIONS).offsets
+    left, known = found.runs(runs.only(fold.rows)), found.constants(constants())
+    seconds, bytes_ = predict(left, Offsets((), np.zeros(0)), known)
+    compared = tuple(Compared(rows[index], Prediction(seconds[at], bytes_[at])) for at, index in enumerate(fold.rows))
+    return LeftOut(
+        fold=fold,
+        offsets=found,
+        compared=compared,
+        time_residuals=np.log(seconds / left.step_time_s),
+        memory_residuals=np.log(bytes_ / left.peak_memory_bytes),
+        unknowns=_unknown_to(runs, kept, fold),
+        calibrated_pct=tuple(_calibrated(left, known)),
+    )
+
+
+def _calibrated(runs: Runs, known: Constants) -> Iterator[float]:
+    """Median errors of the other runs after calibration with a few."""
+    generator = np.random.default_rng(0)
+    timed = np.flatnonzero(np.isfinite(runs.step_time_s))
+    if len(timed) <= NUM_CALIBRATING:
+        return
+    for _ in range(NUM_DRAWS):
+        few = generator.choice(timed, NUM_CALIBRATING, replace=False)
+        rest = runs.only(np.setdiff1d(timed, few))
+        own = fit(runs.only(few), own_keys([runs.cases[row] for row in few], known), known).offsets
+        seconds, _ = predict(rest, own, known)
+        yield 100 * float(np.median(np.abs(seconds / rest.step_time_s - 1)))
+
+
+def _unknown_to(runs: Runs, kept: Sequence[int], fold: Fold) -> tuple[Unknowns, ...]:
+    """What the kept runs told nothing of, for each left-out one."""
+    engines = {runs.cases[row].engine.name for row in kept}
+    devices = {architecture(runs.cases[row].cluster.slowest_device.name) for row in kept}
+    return tuple(
+        Unknowns(
+            engine=case.engine.name not in engines,
+            device=architecture(case.cluster.slowest_device.name) not in devices,
+            experts=bool(case.graph.dims.get("experts")),
+            quantized=case.workload.product_precision != "",
+        )
+        for case in (runs.cases[row] for row in fold.rows)
+    )
+
+
+# --- error bars -----------------------------------------------------------------------------------------------------
+
+
+def widths(parts: Sequence[tuple[Any, Sequence[Unknowns]]]) -> Width:
+    """The half-widths under which residuals are most likely, each source of n runs with the weight sqrt(n), scaled so
+    that they hold the nominal share of them."""
+    from scipy.optimize import minimize
+
+    parts = [(residuals, known) for residuals, known in parts if np.isfinite(residuals).any()]
+    seen = [np.isfinite(residuals) for residuals, _ in parts]
+    off = np.concatenate([np.abs(residuals[own]) for (residuals, _), own in zip(parts, seen, strict=True)])
+    weight = np.concatenate([np.full(own.sum(), own.sum() ** -0.5) for own in seen])
+    features = np.concatenate([_features(known)[own] for (_, known), own in zip(parts, seen, strict=True)])
+    present = features.any(axis=0)
+
+    def cost(logs: Any) -> float:
+        width = np.sqrt(features @ np.where(present, np.exp(2 * logs), 0.0))
+        return float((weight * (np.log(width) + WIDTHS_OF_SCALE * off / width)).sum())
+
+    found = minimize(cost, np.full(features.shape[1], math.log(0.1)), method="Nelder-Mead", options={"maxiter": 4000})
+    squares = np.where(present, np.exp(2 * found.x), 0.0)
+    ratio = off / np.sqrt(features @ squares)
+    order = np.argsort(ratio)
+    place = int(np.searchsorted(np.cumsum(weight[order]), COVERAGE * weight.sum()))
+    scaled = np.sqrt(squares) * ratio[order][min(place, len(order) - 1)]
+    return Width(*(float(f"{value:.3g}") for value in scaled))
+
+
+def _features(known: Sequence[Unknowns]) -> Any:
+    return np.array([[True, *(getattr(own, item.name) for item in fields(Unknowns))] for own in known], dtype=float)
+
+
+def coverage(residuals: Any, known: Sequence[Unknowns], width: Width) -> float | None:
+    """Share of residuals that intervals hold."""
+    seen = np.isfinite(residuals)
+    inside = [abs(value) <= width.of(own) for value, own in zip(residuals[seen], np.array(known)[seen], strict=True)]
+    return float(np.mean(inside)) if inside else None
+
+
+def ratio_width(found: Sequence[LeftOut]) -> float:
+    """Half-width of the ratio of two steps of comparable runs: what is left of their residuals without the set's
+    median, times the square root of two."""
+    left: list[float] = []
+    for one in found:
+        sets: dict[object, list[float]] = defaultdict(list)
+        for own, residual in zip(one.compared, one.time_residuals, strict=True):
+            setup = own.row.setup
+            work = (setup.model, setup.global_batch_size, setup.seq_len, setup.engine, setup.accelerator)
+            sets[(*work, setup.n_devices)].append(residual)
+        left += [abs(value - np.median(own)) for own in sets.values() if len(own) > 2 for value in own]
+    return float(f"{math.sqrt(2) * float(np.quantile(left, COVERAGE)):.3g}")
+
+
+def to_spread(found: Sequence[LeftOut], source: str) -> dict[str, Any]:
+    """What `data/spread.json` holds."""
+    return {
+        "step_time": asdict(widths([(one.time_residuals, one.unknowns) for one in found])),
+        "peak_memory": asdict(_memory_width(found)),
+        "ratio": ratio_width(found),
+        "source": source,
+    }
+
+
+def _memory_width(found: Sequence[LeftOut]) -> Width:
+    """Memory is told by too few sources to tell devices, experts and types apart: they add nothing there."""
+    plain = [(one.memory_residuals, [Unknowns(engine=own.engine) for own in one.unknowns]) for one in found]
+    return widths(plain)
+
+
+def held(found: Sequence[LeftOut]) -> dict[str, float]:
+    """Coverage of each fold's step times by intervals that the other folds gave."""
+    shares: dict[str, float] = {}
+    for one in found:
+        others = [(other.time_residuals, other.unknowns) for other in found if other is not one]
+        share = coverage(one.time_residuals, one.unknowns, widths(others)) if others else None
+        if share is not None:
+            shares[one.fold.name] = share
+    return shares
+
+
+# --- table ----------------------------------------------------------------------------------------------------------
+
+
+def table(found: Sequence[LeftOut], shares: Mapping[str, float]) -> str:
+    """The folds as Markdown: errors in percent, then coverage."""
+    lines = [
+        "| left out | runs | median | mean | bias | tau | peak memory | after calibration with 3 runs | in 80 % bars |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in found:
+        errors = one.errors
+        after = f"{np.median(one.calibrated_pct):.1f}" if one.calibrated_pct else "-"
+        cells = (
+            one.fold.name,
+            f"{errors.n:,}",
+            _cell(errors.median_ape_pct, ".1f"),
+            _cell(errors.mape_pct, ".1f"),
+            _cell(errors.bias_pct, "+.1f"),
+            _cell(errors.kendall_tau, ".2f"),
+            _cell(errors.memory_median_ape_pct, ".1f"),
+            after,
+            _cell(shares.get(one.fold.name), ".0%"),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def run(path: Path, only: Sequence[str], jobs: int) -> list[LeftOut]:
+    """All folds, or those named."""
+    rows, runs = measured(read_rows(str(path)))
+    chosen = [fold for fold in folds(rows) if not only or fold.name in only]
+    if jobs == 1:
+        return [leave_out(fold, rows, runs) for fold in chosen]
+    with ProcessPoolExecutor(jobs) as pool:
+        return list(pool.map(partial(leave_out, rows=rows, runs=runs), chosen))
+
+
+def main(path: Path = PUBLISHED, only: list[str] | None = None, jobs: int = 1, write: bool = False) -> None:
+    """Leave out each source of RUNS.csv in turn, and say how it is predicted."""
+    found = run(path, only or [], jobs)
+    shares = held(found) if len(found) > 1 else {}
+    print(table(found, shares))
+    if shares:
+        sizes = {one.fold.name: one.errors.n for one in found}
+        mean = sum(shares[name] * sizes[name] for name in shares) / sum(sizes[name] for name in shares)
+        print(f"\n80 % error bars hold {mean:.0%} of the runs, {np.mean(list(shares.values())):.0%} of a mean source.")
+    if write:
+        source = f"[fit: {path.name}] {len(found)} folds, each predicted by a fit without it"
+        (DATA / "spread.json").write_text(json.dumps(to_spread(found, source), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
