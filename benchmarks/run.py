@@ -25,11 +25,13 @@ ESTIMATE = ["estimate", "llama-3-70b", "dgx-h100x8", "tp=8,pp=2,dp=4,zero=1,sp=1
             "--seq-len", "8192", "--json"]  # fmt: skip
 PLAN_CALCULON = ["plan", "gpt3-175b", "dgx-a100x128", "--space", "calculon", "--global-batch", "1536",
                  "--seq-len", "2048", "--json"]  # fmt: skip
+VALIDATE = ["validate", str(Path(__file__).parent.parent / "data" / "measured_runs.csv"), "--json"]
 COMMANDS = {
     "help": ["--help"],
     "estimate": ESTIMATE,
     "plan 405B on 16,384 GPUs": PLAN_405B,
     "plan 175B, Calculon's space": PLAN_CALCULON,
+    "validate 2,637 runs": VALIDATE,
 }
 
 

@@ -21,6 +21,7 @@ SMALL = ("llama-tiny", "local-cpux8", "--global-batch", 16, "--seq-len", 64)
 LLAMA = ("llama-3-8b", "dgx-h100x1", "--global-batch", 32, "--seq-len", 2048)
 TOO_LARGE = ("llama-3.1-405b", "dgx-h100x1", "--global-batch", 32, "--seq-len", 8192)
 SHORTHAND = "tp=2,dp=4,zero=1,sp=1"
+RUNS = "data/measured_runs.csv"
 
 ESTIMATE = {
     "feasible": bool,
@@ -496,3 +497,28 @@ def test_the_probe_sees_a_heavy_import() -> None:
 
 def test_the_keys_that_can_be_fixed_are_those_of_the_space() -> None:
     assert set(KEYS) - {"etp"} <= set(values_of(planned().json["best"]["shorthand"]))
+
+
+@pytest.mark.parametrize(
+    ("words", "missing", "extra"),
+    [
+        (("validate", RUNS, "--figure", "figure.html"), "plotly", "report"),
+        (("calibrate", RUNS, "--out", "engine.json"), "scipy", "fit"),
+        (("calibrate", "local"), "torch", "run"),
+    ],
+)
+def test_what_is_not_installed_is_named_with_its_extra(
+    words: tuple[str, ...], missing: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = (Path(__file__).parent.parent / RUNS).read_text().splitlines()
+    (tmp_path / "data").mkdir()
+    (tmp_path / RUNS).write_text("\n".join([lines[0], *(line for line in lines if ",internevo," in line)][:6]) + "\n")
+    hidden = {name: None for name in (missing, *sys.modules) if name.partition(".")[0] == missing}
+    ours = [name for name in sys.modules if name.startswith(("meshwright.runtime", "meshwright.report.figures"))]
+    with mock.patch.dict(sys.modules, hidden):
+        for name in ours:
+            del sys.modules[name]
+        outcome = meshwright(*words)
+    assert outcome.code == 2
+    assert outcome.err == f"error: this needs {missing}: pip install 'meshwright[{extra}]'\n"

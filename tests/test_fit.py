@@ -18,6 +18,7 @@ from helpers import meshwright
 from meshwright.bench.leave_out import coverage, folds, leave_out, widths
 from meshwright.bench.refit import DATA, PUBLISHED, measured, write
 from meshwright.bench.runs import Row, Skipped, read_rows
+from meshwright.cost.analytic import estimate
 from meshwright.cost.constants import constants
 from meshwright.cost.fit import (
     Fit,
@@ -155,8 +156,23 @@ def test_own_keys_begin_at_present_values() -> None:
     assert predict(runs, at_priors(keys))[0] == pytest.approx(predict(runs, at_priors(()))[0], rel=1e-12)
     engine_only = own_keys(runs.cases, constants(), ("engine",))
     assert {key.prior.at for key in engine_only} == {"engine"}
-    spreads = [key.spread for own in (keys, engine_only) for key in own if key.prior.name == "matmul_factor"]
-    assert spreads[0] < spreads[-1]  # the device's part falls to the engine where that alone is fitted
+    assert "pace" in {key.prior.name for key in engine_only}
+    assert {key.prior.at for key in own_keys(runs.cases, constants(), ("constants", "device"))} == {
+        "constants",
+        "device",
+    }
+
+
+def test_pace_scales_a_step_and_nothing_else() -> None:
+    _, runs = some("alpa-osdi22-artifact")
+    case = runs.cases[0]
+    plain, slow = (
+        estimate(case.graph, case.cluster, case.strategy, case.workload, replace(case.engine, pace=pace))
+        for pace in (1.0, 1.25)
+    )
+    assert slow.step_time_s == pytest.approx(1.25 * plain.step_time_s, rel=1e-12)
+    assert sum(slow.time.values()) == pytest.approx(slow.step_time_s, rel=1e-12)
+    assert (slow.memory, slow.bubble_fraction) == (plain.memory, plain.bubble_fraction)
 
 
 def test_files_carry_what_was_found(tmp_path: Path) -> None:

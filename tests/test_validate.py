@@ -399,6 +399,31 @@ def test_json_keys(runs: Any) -> None:
     json.dumps(answer, allow_nan=False)
 
 
+def test_the_figure_is_one_file_with_all_in_it(runs: Any, tmp_path: Path) -> None:
+    path = tmp_path / "figure.html"
+    outcome = meshwright("validate", runs([GPT, LLAMA | {"source": "<b>blog</b>"}]), "--figure", path)
+    assert outcome.code == 0
+    html = path.read_text(encoding="utf-8")
+    assert 'src="http' not in html
+    assert "<b>blog" not in html
+    assert "&lt;b&gt;blog" in html or "\\u0026lt;b\\u0026gt;blog" in html
+    unmeasured = meshwright("validate", runs([GPT | {"step_time_s": ""}]), "--figure", path)
+    assert unmeasured.code == 2
+    assert "no run has a measured step time to draw" in unmeasured.err
+    nowhere = meshwright("validate", runs([GPT]), "--figure", tmp_path / "no" / "figure.html")
+    assert nowhere.code == 2
+    assert "cannot be written" in nowhere.err
+
+
+def test_intervals_stand_with_each_row(runs: Any) -> None:
+    _, answer = validated(runs([GPT]))
+    (row,) = answer["rows"]
+    for name in ("step_time", "peak_memory"):
+        unit = "s" if name == "step_time" else "bytes"
+        low, high = row[f"{name}_interval_{unit}"]
+        assert low < row[f"predicted_{name}_{unit}"] < high
+
+
 def test_equal_setups_are_predicted_once(runs: Any) -> None:
     rows = list(read_rows(runs([LLAMA] * 2000)))
     assert len(compare(rows).rows) == 2000  # in the time of one

@@ -802,9 +802,10 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     except ModuleNotFoundError as error:
-        if error.name not in EXTRAS:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in EXTRAS:
             raise
-        sys.stderr.write(f"error: this needs {error.name}: pip install 'meshwright[{EXTRAS[error.name]}]'\n")
+        sys.stderr.write(f"error: this needs {missing}: pip install 'meshwright[{EXTRAS[missing]}]'\n")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -90,7 +90,8 @@ class Engine:
     `exposed` is, per degree (`tp`, `dp`, `pp`, ...), the share of communication time that computation cannot hide even
     where there is enough of it; 1 where the engine waits. `fused_kinds` are the operators that run inside a neighbour's
     kernel. `traffic_factor` is the memory traffic of the others over the bytes of their operands, `loss_passes` how
-    often that of the loss is more, `matmul_factor` the speed of its products over that of the device's file.
+    often that of the loss is more, `matmul_factor` the speed of its products over that of the device's file. `pace` is
+    the time of a step over that of its parts, where runs of one's own were slower or faster all together.
     `operator_launch_s` is what the host needs per operator of the forward (twice that in the backward),
     `collective_launch_s` per collective and `collective_rank_s` per rank of its group: where `launch_overlaps`, a block
     takes at least the sum, else that much longer. `collective_skew_s` is lost per doubling of the group in each
@@ -107,6 +108,7 @@ class Engine:
     collective_skew_s: float
     gradient_dtype: str | dict[str, str]
     master_weights: bool
+    pace: float = 1.0
     matmul_factor: float = 1.0
     loss_passes: float = 2.0
     collective_launch_s: float = 0.0
@@ -162,7 +164,7 @@ def engine_problems(engine: Engine) -> list[Problem]:
     problems = []
     for where, value in _numbers(engine):
         largest = 1.0 if where.startswith("exposed.") else MAX_NUMBER
-        least = 1e-9 if where == "matmul_factor" else 0
+        least = 1e-9 if where in ("matmul_factor", "pace") else 0
         if not least <= value <= largest:
             problems.append(Problem(where, str(value), f"must be from {least:g} to {largest:g}"))
     types = [engine.gradient_dtype] if isinstance(engine.gradient_dtype, str) else engine.gradient_dtype.values()

@@ -14,7 +14,7 @@ from meshwright.bench.runs import Row, Skipped, read_rows
 from meshwright.cluster import Cluster, Quantity
 from meshwright.cost.analytic import Case
 from meshwright.cost.constants import Constants, constants
-from meshwright.cost.fit import Key, Offsets, Owner, Runs, at_priors, fit, own_keys, predict
+from meshwright.cost.fit import FEW_RUNS_PRIOR_SCALE, Key, Offsets, Owner, Runs, at_priors, fit, own_keys, predict
 from meshwright.engine import Engine
 from meshwright.errors import InputError, Problem
 
@@ -51,7 +51,7 @@ def calibrate(path: str, nouns: Sequence[str]) -> Calibration:
     of = tuple(owner for noun in nouns for owner in SAYS[noun])
     known = constants()
     keys = own_keys(runs.cases, known, of)
-    whole = fit(runs, keys, known)
+    whole = fit(runs, keys, known, prior_scale=FEW_RUNS_PRIOR_SCALE)
     found, told = whole.offsets, determined(whole)
     before, after = predict(runs, at_priors(()), known), _left_out(runs, keys, known)
     largest = max(found.runs(runs).cases, key=lambda case: case.cluster.num_devices)
@@ -94,7 +94,9 @@ def _left_out(runs: Runs, keys: Sequence[Key], known: Constants) -> Any:
     found = np.zeros((2, num_runs))
     for part in np.array_split(order, min(num_runs, MAX_PARTS)):
         rest = np.setdiff1d(order, part)
-        found[:, part] = predict(runs.only(part), fit(runs.only(rest), keys, known).offsets, known)
+        found[:, part] = predict(
+            runs.only(part), fit(runs.only(rest), keys, known, prior_scale=FEW_RUNS_PRIOR_SCALE).offsets, known
+        )
     return found
 
 

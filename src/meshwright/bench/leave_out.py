@@ -24,7 +24,7 @@ from meshwright.bench.refit import DATA, PUBLISHED, measured
 from meshwright.bench.runs import Row, read_rows
 from meshwright.bench.validate import Compared, Prediction, SourceErrors, errors_of
 from meshwright.cost.constants import Constants, constants
-from meshwright.cost.fit import Offsets, Runs, architecture, fit, own_keys, predict
+from meshwright.cost.fit import FEW_RUNS_PRIOR_SCALE, Offsets, Runs, architecture, fit, own_keys, predict
 from meshwright.cost.spread import COVERAGE, WIDTHS_OF_SCALE, Unknowns, Width
 
 #: Runs with which a fold is calibrated, and how many random choices of them.
@@ -104,7 +104,8 @@ def _calibrated(runs: Runs, known: Constants) -> Iterator[float]:
     for _ in range(NUM_DRAWS):
         few = generator.choice(timed, NUM_CALIBRATING, replace=False)
         rest = runs.only(np.setdiff1d(timed, few))
-        own = fit(runs.only(few), own_keys([runs.cases[row] for row in few], known), known).offsets
+        keys = own_keys([runs.cases[row] for row in few], known)
+        own = fit(runs.only(few), keys, known, prior_scale=FEW_RUNS_PRIOR_SCALE).offsets
         seconds, _ = predict(rest, own, known)
         yield 100 * float(np.median(np.abs(seconds / rest.step_time_s - 1)))
 

@@ -34,6 +34,9 @@ MEMORY_SCALE = 0.05
 #: A residual of so much weighs as a parameter one spread off its prior, in a source of one run.
 PRIOR_SCALE = 0.014
 
+#: The same where a few runs of one engine are to tell of it: they are off for reasons that no parameter has.
+FEW_RUNS_PRIOR_SCALE = 0.03
+
 #: How far the first step may lead, in spreads: priors are far from the best point in many directions at once.
 FIRST_STEP = 8.0
 
@@ -240,18 +243,16 @@ def own_keys(
 ) -> tuple[Key, ...]:
     """What a few runs may tell of their cluster and their engine: how far these lie from what is known of them.
 
-    Every number that the engine or the device has of its own, around its present value; and the shares of bandwidth
-    that collectives get (`of` = `constants`). Without the device what its products do falls to the engine."""
+    Every number that the engine or the device has of its own, around its present value, and how much slower its runs
+    are all together; and the shares of bandwidth that collectives get (`of` = `constants`)."""
     found = []
-    for prior in priors():
+    for prior in (PACE, *priors()):
         if prior.at == "constants":
             if prior.name in LINK_SHARES and prior.at in of:
                 found.append(Key(replace(prior, prior=getattr(known, prior.name)), "*"))
             continue
         for case in {_owner(prior, case): case for case in cases if prior.at in of}.values():
             owner, spread = _owner(prior, case), prior.deviation or prior.spread
-            if prior.name == "matmul_factor" and "device" not in of:
-                spread = math.hypot(spread, *(other.deviation for other in priors() if other.name == "matmul"))
             value = _present(prior, case, known)
             if value is not None and (not prior.only or owner in prior.only):
                 found.append(
@@ -259,6 +260,9 @@ def own_keys(
                 )
     return tuple(found)
 
+
+#: What is common to all runs of an engine on one's own machine; many sources at once tell nothing of it.
+PACE = Prior("engine", "pace", 1.0, 0.2, "log", "[derived] what sources that a fit never saw are off together")
 
 #: What collectives get of the bandwidth of a cluster's levels.
 LINK_SHARES = ("inner_link_share", "outer_link_share")

@@ -230,12 +230,16 @@ def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepCol
     time["stragglers"] = lost * spent_s
     time["constant"] = engine.step_constant_s + rows.column(prepared.step_rank_s)
 
+    step_s = spent_s + time["stragglers"] + time["constant"]
+    if engine.pace != 1:
+        time, step_s = {cause: engine.pace * seconds for cause, seconds in time.items()}, engine.pace * step_s
+
     peak_K = in_order(memory.ledger)
     worst = peak_K.argmax(axis=0)
     return StepColumns(
         time=time,
         memory={category: pick(bytes_K, worst) for category, bytes_K in memory.ledger.items()},
-        step_time_s=spent_s + time["stragglers"] + time["constant"],
+        step_time_s=step_s,
         peak_memory_bytes=peak_K.max(axis=0),
         bubble_fraction=bubble_fraction,
         worst_rank=pick(rows.spread(rows.first_KM), worst),

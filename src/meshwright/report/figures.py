@@ -59,7 +59,7 @@ def validation_figure(rows: Sequence[Compared], path: str) -> None:
         margin={"l": 60, "r": 20, "t": 60, "b": 60},
     )
     try:
-        figure.write_html(Path(path), include_plotlyjs=True, full_html=True)
+        figure.write_html(Path(path), include_plotlyjs=True, full_html=True, default_height="95vh")
     except OSError as error:
         raise InputError([Problem("--figure", path, f"cannot be written: {error.strerror}")]) from None
 
@@ -71,7 +71,13 @@ def _band(times_s: Sequence[float]) -> list[Any]:
     ends = [min(times_s) / 1.5, max(times_s) * 1.5]
     corners = [*ends, *reversed(ends)]
     edge = [end * (1 + BAND) for end in ends] + [end * (1 - BAND) for end in reversed(ends)]
-    shade = {"fill": "toself", "fillcolor": "rgba(0,0,0,0.10)", "line": {"width": 0}, "hoverinfo": "skip"}
+    shade = {
+        "mode": "lines",
+        "fill": "toself",
+        "fillcolor": "rgba(0,0,0,0.10)",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+    }
     return [
         go.Scatter(x=corners, y=edge, name=f"within {BAND:.0%}", **shade),
         go.Scatter(x=ends, y=ends, name="exact", mode="lines", line={"color": "black", "width": 1}, hoverinfo="skip"),

@@ -143,6 +143,7 @@ def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Gr
         ("   tokens/s ", "dim"), format_count(estimate.tokens_per_s),
         ("   MFU ", "dim"), f"{estimate.mfu:.1%}", ("   HFU ", "dim"), f"{estimate.hfu:.1%}",
         ("   bubble ", "dim"), f"{estimate.bubble_fraction:.1%}", ("   memory ", "dim"), verdict,
+        (_chance(estimate), "dim"),
     )  # fmt: skip
     sent = {axis: value for axis, value in estimate.communication.items() if value}
     parts: list[RenderableType] = [
@@ -157,6 +158,14 @@ def estimate_view(shorthand: str, estimate: Estimate, usable_bytes: float) -> Gr
     parts += [Text(warning, style="yellow") for warning in estimate.warnings]
     parts += [Text(f"assumed: {assumption}", style="dim") for assumption in estimate.assumptions]
     return Group(*parts)
+
+
+def _chance(estimate: Estimate) -> str:
+    """How likely it is that memory suffices; nothing is certain to a percent."""
+    if estimate.fit_probability is None:
+        return ""
+    percent = f"{min(max(estimate.fit_probability, 0.01), 0.99):.0%}"
+    return f" ({percent} likely)" if estimate.feasible else f" ({percent} likely that it does)"
 
 
 def _bounds(estimate: Estimate) -> str:
