@@ -12,17 +12,17 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
 
 from meshwright.bench.refit import DATA, PUBLISHED, measured
 from meshwright.bench.runs import Row, read_rows
-from meshwright.bench.validate import Compared, Prediction, SourceErrors, errors_of
+from meshwright.bench.validate import Compared, Prediction, SourceErrors, comparable_by, errors_of
 from meshwright.cost.constants import Constants, constants
 from meshwright.cost.fit import FEW_RUNS_PRIOR_SCALE, Offsets, Runs, architecture, fit, own_keys, predict
 from meshwright.cost.spread import COVERAGE, WIDTHS_OF_SCALE, Unknowns, Width
@@ -33,6 +33,11 @@ NUM_DRAWS = 5
 
 #: Steps of the fit: enough for residuals to stand still to a tenth of a percent.
 NUM_EVALUATIONS = 16
+
+
+#: An unmeasured device is off by at least this: its rate of products may lie so far from that of others. The folds
+#: have one device that no other source has, which is too few to tell.
+DEVICE_WIDTH = 0.13  # [derived] 1.28 deviations of `matmul` in data/priors.json
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,6 @@ def _unknown_to(runs: Runs, kept: Sequence[int], fold: Fold) -> tuple[Unknowns, 
             engine=case.engine.name not in engines,
             device=architecture(case.cluster.slowest_device.name) not in devices,
             experts=bool(case.graph.dims.get("experts")),
-            quantized=case.workload.product_precision != "",
         )
         for case in (runs.cases[row] for row in fold.rows)
     )
@@ -146,10 +150,7 @@ def widths(parts: Sequence[tuple[Any, Sequence[Unknowns]]]) -> Width:
 
     found = minimize(cost, np.full(features.shape[1], math.log(0.1)), method="Nelder-Mead", options={"maxiter": 4000})
     squares = np.where(present, np.exp(2 * found.x), 0.0)
-    ratio = off / np.sqrt(features @ squares)
-    order = np.argsort(ratio)
-    place = int(np.searchsorted(np.cumsum(weight[order]), COVERAGE * weight.sum()))
-    scaled = np.sqrt(squares) * ratio[order][min(place, len(order) - 1)]
+    scaled = np.sqrt(squares) * _weighted_quantile(off / np.sqrt(features @ squares), weight)
     return Width(*(float(f"{value:.3g}") for value in scaled))
 
 
@@ -166,22 +167,30 @@ def coverage(residuals: Any, known: Sequence[Unknowns], width: Width) -> float |
 
 def ratio_width(found: Sequence[LeftOut]) -> float:
     """Half-width of the ratio of two steps of comparable runs: what is left of their residuals without the set's
-    median, times the square root of two."""
-    left: list[float] = []
+    median, each source of n runs with the weight sqrt(n), times the square root of two."""
+    left, weight = [], []
     for one in found:
         sets: dict[object, list[float]] = defaultdict(list)
         for own, residual in zip(one.compared, one.time_residuals, strict=True):
-            setup = own.row.setup
-            work = (setup.model, setup.global_batch_size, setup.seq_len, setup.engine, setup.accelerator)
-            sets[(*work, setup.n_devices)].append(residual)
-        left += [abs(value - np.median(own)) for own in sets.values() if len(own) > 2 for value in own]
-    return float(f"{math.sqrt(2) * float(np.quantile(left, COVERAGE)):.3g}")
+            sets[comparable_by(own.row)].append(residual)
+        apart = [abs(value - np.median(own)) for own in sets.values() if len(own) > 2 for value in own]
+        left += apart
+        weight += [max(len(apart), 1) ** -0.5] * len(apart)
+    return float(f"{math.sqrt(2) * _weighted_quantile(np.array(left), np.array(weight)):.3g}")
+
+
+def _weighted_quantile(values: Any, weight: Any) -> float:
+    """The value below which the nominal share of the weight lies."""
+    order = np.argsort(values)
+    place = int(np.searchsorted(np.cumsum(weight[order]), COVERAGE * weight.sum()))
+    return float(values[order][min(place, len(order) - 1)])
 
 
 def to_spread(found: Sequence[LeftOut], source: str) -> dict[str, Any]:
     """What `data/spread.json` holds."""
+    step_time = widths([(one.time_residuals, one.unknowns) for one in found])
     return {
-        "step_time": asdict(widths([(one.time_residuals, one.unknowns) for one in found])),
+        "step_time": asdict(replace(step_time, device=max(step_time.device, DEVICE_WIDTH))),
         "peak_memory": asdict(_memory_width(found)),
         "ratio": ratio_width(found),
         "source": source,
@@ -189,7 +198,7 @@ def to_spread(found: Sequence[LeftOut], source: str) -> dict[str, Any]:
 
 
 def _memory_width(found: Sequence[LeftOut]) -> Width:
-    """Memory is told by too few sources to tell devices, experts and types apart: they add nothing there."""
+    """Memory is told by too few sources to tell devices and experts apart: they add nothing there."""
     plain = [(one.memory_residuals, [Unknowns(engine=own.engine) for own in one.unknowns]) for one in found]
     return widths(plain)
 
@@ -246,7 +255,12 @@ def run(path: Path, only: Sequence[str], jobs: int) -> list[LeftOut]:
         return list(pool.map(partial(leave_out, rows=rows, runs=runs), chosen))
 
 
-def main(path: Path = PUBLISHED, only: list[str] | None = None, jobs: int = 1, write: bool = False) -> None:
+def main(
+    path: Annotated[Path, typer.Argument(metavar="RUNS.csv")] = PUBLISHED,
+    only: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One fold; may be given again.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Folds fitted at once.")] = 1,
+    write_data: Annotated[bool, typer.Option("--write", help="Write the widths of error bars.")] = False,
+) -> None:
     """Leave out each source of RUNS.csv in turn, and say how it is predicted."""
     found = run(path, only or [], jobs)
     shares = held(found) if len(found) > 1 else {}
@@ -255,7 +269,7 @@ def main(path: Path = PUBLISHED, only: list[str] | None = None, jobs: int = 1, w
         sizes = {one.fold.name: one.errors.n for one in found}
         mean = sum(shares[name] * sizes[name] for name in shares) / sum(sizes[name] for name in shares)
         print(f"\n80 % error bars hold {mean:.0%} of the runs, {np.mean(list(shares.values())):.0%} of a mean source.")
-    if write:
+    if write_data:
         source = f"[fit: {path.name}] {len(found)} folds, each predicted by a fit without it"
         (DATA / "spread.json").write_text(json.dumps(to_spread(found, source), indent=2) + "\n", encoding="utf-8")
 

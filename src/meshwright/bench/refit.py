@@ -130,7 +130,10 @@ def _put(data: dict[str, Any], where: str, value: float, source: str) -> None:
         data["sources"][outer[0] if outer else last] = source
 
 
-def main(path: Path = PUBLISHED, write_data: Annotated[bool, typer.Option("--write")] = False) -> None:
+def main(
+    path: Annotated[Path, typer.Argument(metavar="RUNS.csv")] = PUBLISHED,
+    write_data: Annotated[bool, typer.Option("--write", help="Write them into the package's data.")] = False,
+) -> None:
     """Fit the package's numbers to RUNS.csv, print them, and write them into its data where asked."""
     _, runs = measured(read_rows(str(path)))
     found = fit(runs, progress=lambda done: print(f"evaluation {done}", file=sys.stderr))

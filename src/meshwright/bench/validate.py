@@ -193,15 +193,19 @@ def _percent(reduce: Callable[[list[float]], Any], shares: list[float]) -> float
     return 100 * float(reduce(shares)) if shares else None
 
 
+def comparable_by(row: Row) -> tuple[object, ...]:
+    """The work of a run and its machine: runs that have both in common differ in their strategy alone."""
+    setup = row.setup
+    machine = (setup.engine, setup.accelerator, setup.accelerator_memory_gb, setup.n_devices)
+    return (setup.model, setup.global_batch_size, setup.seq_len, *machine)
+
+
 def _comparable(rows: Iterable[Compared]) -> list[list[Compared]]:
     """Measured rows that do the same work on the same machine, where there are enough of them."""
     found: dict[tuple[object, ...], list[Compared]] = defaultdict(list)
     for row in rows:
         if row.row.step_time_s is not None:
-            setup = row.row.setup
-            machine = (setup.engine, setup.accelerator, setup.accelerator_memory_gb, setup.n_devices)
-            work = (setup.model, setup.global_batch_size, setup.seq_len)
-            found[(*work, *machine)].append(row)
+            found[comparable_by(row.row)].append(row)
     return [members for members in found.values() if len(members) >= MIN_COMPARABLE]
 
 

@@ -199,7 +199,7 @@ def estimate_of(found: Evaluation, row: int) -> Estimate:
     reasons = memory_reasons(memory, peak, int(number(columns.worst_rank)), case.cluster)
     peak_flops = found.priced.machine.rates.peak_flops * case.strategy.num_devices
     mfu, hfu = utilisation(case.graph, case.workload, case.strategy.recompute, peak_flops * step_s)
-    known, told = spread(), unknowns(case.graph, case.cluster.slowest_device, case.workload, case.engine)
+    known, told = spread(), unknowns(case.graph, case.cluster.slowest_device, case.engine)
     time_width, memory_width = known.step_time.of(told), known.peak_memory.of(told)
     time = {name: number(column) for name, column in columns.time.items()}
     return Estimate(

@@ -15,7 +15,6 @@ from functools import cache
 from meshwright.cluster import Device
 from meshwright.engine import Engine
 from meshwright.graph import Graph
-from meshwright.workload import Workload
 
 #: Share of runs that an interval is to hold.
 COVERAGE = 0.8
@@ -26,12 +25,11 @@ WIDTHS_OF_SCALE = -math.log(1 - COVERAGE)  # [derived]
 
 @dataclass(frozen=True)
 class Unknowns:
-    """What no measured run told of, when a prediction is made."""
+    """What no measured run told of, when a prediction is made; experts are known, but little."""
 
     engine: bool = False
     device: bool = False
     experts: bool = False
-    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Width:
     engine: float
     device: float
     experts: float
-    quantized: float
 
     def of(self, unknowns: Unknowns) -> float:
         """The half-width of a prediction."""
@@ -70,13 +67,12 @@ def spread() -> Spread:
     return Spread(Width(**data["step_time"]), Width(**data["peak_memory"]), data["ratio"], data["source"])
 
 
-def unknowns(graph: Graph, device: Device, workload: Workload, engine: Engine) -> Unknowns:
+def unknowns(graph: Graph, device: Device, engine: Engine) -> Unknowns:
     """What runs told nothing of: the sources of an engine's and a device's numbers say it."""
     return Unknowns(
         engine=not _was_measured(engine.sources.values()),
         device=not _was_measured(quantity.source for quantity in device.efficiency.values()),
         experts=bool(graph.dims.get("experts")),
-        quantized=workload.product_precision != "",
     )
 
 
@@ -100,5 +96,6 @@ def probability_below(limit: float, value: float, width: float) -> float:
 
 
 def is_tied(one: float, other: float) -> bool:
-    """Whether the order of two predicted step times of the same work on the same machine may be the other way."""
-    return abs(math.log(one / other)) <= spread().ratio
+    """Whether the order of two predicted step times of the same work on the same machine may well be the other way:
+    with a probability of more than 1 - `COVERAGE`."""
+    return 1 - COVERAGE < probability_below(other, one, spread().ratio) < COVERAGE
