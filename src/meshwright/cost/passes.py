@@ -52,7 +52,7 @@ def smooth_max(one_s: Any, other_s: Any) -> Any:
 
 def exposed_behind(took_s: Any, share: float, compute_s: Any) -> Any:
     """Of a transfer that can run beside `compute_s`: the engine's share stays exposed, or what does not fit."""
-    return np.maximum(share * took_s, took_s - (1 - share) * compute_s)
+    return took_s - (1 - share) * np.minimum(took_s, compute_s)
 
 
 def state_moves(

@@ -280,12 +280,11 @@ def _step_end(
         apart = rows.holds_one(one.split("/")[0], other.split("/")[0])
         exposed["exposed_pp"] = exposed.get("exposed_pp", 0.0) + apart * rows.column(took)
     exposed["optimizer"] = rows.add(prepared.update_s)
-    present_K = rows.spread(rows.ranks_KM > 0)
-    early = rows.spread(rows.first_KM) * backward_K.min(axis=0, where=present_K, initial=np.inf)
-    total = in_order(exposed)
-    last = (total - early / num_virtual).argmax(axis=0)
-    ends_s = pick(total, last)
-    ahead = pick(early, last) / num_virtual
+    # Padding has no backward to be the shortest.
+    shortest_s = (backward_K + np.where(rows.spread(rows.ranks_KM > 0), 0.0, np.inf)).min(axis=0) / num_virtual
+    total, first_K = in_order(exposed), rows.spread(rows.first_KM)
+    last = (total - first_K * shortest_s).argmax(axis=0)
+    ends_s, ahead = pick(total, last), pick(first_K, last) * shortest_s
     # What is hidden is taken off each cause in proportion.
     left_s = np.maximum(ends_s - ahead, 0.0)
     share = left_s / np.maximum(ends_s, 1e-300)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from itertools import product
 from typing import Any, ClassVar
 
@@ -283,10 +284,11 @@ class UniformSpace(Space):
     def _part(self, pattern: Pattern, degrees: Sequence[tuple[int, ...]]) -> Part:
         layouts: list[tuple[int, ...]] = []
         members: list[tuple[int, int, int]] = []
+        pipelines = cache(lambda pp, num_microbatches: tuple(self._pipelines(pp, num_microbatches)))
         for tp, pp, dp, cp, ep in degrees:
             for mbs in self.limits.choices("mbs", divisors(self.workload.global_batch // dp)):
                 num_microbatches = self.workload.global_batch // dp // mbs
-                found = [(len(layouts), vpp, code) for vpp, code in self._pipelines(pp, num_microbatches)]
+                found = [(len(layouts), vpp, code) for vpp, code in pipelines(pp, num_microbatches)]
                 if found:
                     layouts.append((tp, pp, dp, cp, ep, mbs))
                     members += found
