@@ -24,7 +24,7 @@ from meshwright.bench.refit import DATA, PUBLISHED, measured
 from meshwright.bench.runs import Row, read_rows
 from meshwright.bench.validate import Compared, Prediction, SourceErrors, comparable_by, errors_of
 from meshwright.cost.constants import Constants, constants
-from meshwright.cost.fit import FEW_RUNS_PRIOR_SCALE, Offsets, Runs, architecture, fit, own_keys, predict
+from meshwright.cost.fit import FEW_RUNS_PRIOR_SCALE, Offsets, Runs, architecture, fit, keys_for, own_keys, predict
 from meshwright.cost.spread import COVERAGE, WIDTHS_OF_SCALE, Unknowns, Width
 
 #: Runs with which a fold is calibrated, and how many random choices of them.
@@ -85,7 +85,9 @@ def folds(rows: Sequence[Row]) -> list[Fold]:
 def leave_out(fold: Fold, rows: Sequence[Row], runs: Runs) -> LeftOut:
     """Fit without a fold, and predict it."""
     kept = sorted(set(range(len(rows))) - set(fold.rows))
-    found = fit(runs.only(kept), num_evaluations=NUM_EVALUATIONS).offsets
+    # Numbers of an engine or a device that only the fold has are keys too: they stay at their priors, for what the
+    # package's files say of them may have been fitted to the fold.
+    found = fit(runs.only(kept), keys_for(runs.cases), num_evaluations=NUM_EVALUATIONS).offsets
     left, known = found.runs(runs.only(fold.rows)), found.constants(constants())
     seconds, bytes_ = predict(left, Offsets((), np.zeros(0)), known)
     compared = tuple(Compared(rows[index], Prediction(seconds[at], bytes_[at])) for at, index in enumerate(fold.rows))
@@ -133,14 +135,14 @@ def _unknown_to(runs: Runs, kept: Sequence[int], fold: Fold) -> tuple[Unknowns, 
 
 
 def widths(parts: Sequence[tuple[Any, Sequence[Unknowns]]]) -> Width:
-    """The half-widths under which residuals are most likely, each source of n runs with the weight sqrt(n), scaled so
-    that they hold the nominal share of them."""
+    """The half-widths under which residuals are most likely, scaled so that they hold the nominal share of them. Each
+    fold weighs the same: what a stranger meets is another source, not another run of a sweep."""
     from scipy.optimize import minimize
 
     parts = [(residuals, known) for residuals, known in parts if np.isfinite(residuals).any()]
     seen = [np.isfinite(residuals) for residuals, _ in parts]
     off = np.concatenate([np.abs(residuals[own]) for (residuals, _), own in zip(parts, seen, strict=True)])
-    weight = np.concatenate([np.full(own.sum(), own.sum() ** -0.5) for own in seen])
+    weight = np.concatenate([np.full(own.sum(), 1 / own.sum()) for own in seen])
     features = np.concatenate([_features(known)[own] for (_, known), own in zip(parts, seen, strict=True)])
     present = features.any(axis=0)
 
@@ -166,16 +168,17 @@ def coverage(residuals: Any, known: Sequence[Unknowns], width: Width) -> float |
 
 
 def ratio_width(found: Sequence[LeftOut]) -> float:
-    """Half-width of the ratio of two steps of comparable runs: what is left of their residuals without the set's
-    median, each source of n runs with the weight sqrt(n), times the square root of two."""
+    """Half-width of the ratio of two steps of comparable runs of an engine that the fit saw: what is left of their
+    residuals without the set's median, each fold with the same weight, times the square root of two."""
     left, weight = [], []
     for one in found:
         sets: dict[object, list[float]] = defaultdict(list)
-        for own, residual in zip(one.compared, one.time_residuals, strict=True):
-            sets[comparable_by(own.row)].append(residual)
+        for own, residual, unknown in zip(one.compared, one.time_residuals, one.unknowns, strict=True):
+            if not unknown.engine:
+                sets[comparable_by(own.row)].append(residual)
         apart = [abs(value - np.median(own)) for own in sets.values() if len(own) > 2 for value in own]
         left += apart
-        weight += [max(len(apart), 1) ** -0.5] * len(apart)
+        weight += [1 / max(len(apart), 1)] * len(apart)
     return float(f"{math.sqrt(2) * _weighted_quantile(np.array(left), np.array(weight)):.3g}")
 
 
