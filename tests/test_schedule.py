@@ -219,7 +219,8 @@ def test_each_microbatch_once_and_no_deadlock(case: tuple[str, int, int, int], b
 
 def test_every_legal_table_replays() -> None:
     for name, p, v, m in LEGAL:
-        replay(actions(name, p, v, m), unit_times, p * v)
+        timeline = replay(actions(name, p, v, m), unit_times, p * v)
+        assert timeline.makespan_s >= 3 * m * v  # what each rank computes; a deadlock would have been refused
 
 
 def test_peak_in_flight_is_what_the_table_holds() -> None:

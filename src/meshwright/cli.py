@@ -718,9 +718,10 @@ def calibrate(
         _calibrate_local(nproc, out or ["-"])
         return
     from meshwright.bench.calibrate import calibrate as learn
+    from meshwright.bench.calibrate import nouns_of
     from meshwright.io.native import write
 
-    nouns = _calibrated_nouns(out or [])
+    nouns = nouns_of(out or [])
     with _progress("learning from runs", quiet=as_json):
         found = learn(source, list(nouns))
     for noun, path in nouns.items():
@@ -746,28 +747,6 @@ def _calibrate_local(nproc: int, out: Sequence[str]) -> None:
     with _progress(f"measuring with {nproc} processes"):
         cluster = calibrate_local(nproc)
     write(cluster, out[0])
-
-
-def _calibrated_nouns(out: Sequence[str]) -> dict[str, str]:
-    """Which noun goes to which file."""
-    from pathlib import Path
-
-    from meshwright.errors import InputError, Problem
-
-    rule = "runs become an engine or a cluster: one of these words in the file's name says which"
-    problems = [] if out else [Problem("--out", "", rule, "engine.json")]
-    nouns: dict[str, str] = {}
-    for path in out:
-        named = [noun for noun in ("engine", "cluster") if noun in Path(path).name.lower()]
-        if len(named) != 1:
-            problems.append(Problem("--out", path, rule, "engine.json"))
-        elif named[0] in nouns:
-            problems.append(Problem("--out", path, f"a second file for the {named[0]}", nouns[named[0]]))
-        else:
-            nouns[named[0]] = path
-    if problems:
-        raise InputError(problems)
-    return nouns
 
 
 @app.command()

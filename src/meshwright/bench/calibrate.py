@@ -43,6 +43,24 @@ class Calibration:
     skipped: tuple[Skipped, ...]
 
 
+def nouns_of(paths: Sequence[str]) -> dict[str, str]:
+    """Which noun goes to which file, by the word in its name; raises `InputError` where that does not say it."""
+    rule = "runs become an engine or a cluster: one of these words in the file's name says which"
+    problems = [] if paths else [Problem("--out", "", rule, "engine.json")]
+    nouns: dict[str, str] = {}
+    for path in paths:
+        named = [noun for noun in SAYS if noun in Path(path).name.lower()]
+        if len(named) != 1:
+            problems.append(Problem("--out", path, rule, "engine.json"))
+        elif named[0] in nouns:
+            problems.append(Problem("--out", path, f"a second file for the {named[0]}", nouns[named[0]]))
+        else:
+            nouns[named[0]] = path
+    if problems:
+        raise InputError(problems)
+    return nouns
+
+
 def calibrate(path: str, nouns: Sequence[str]) -> Calibration:
     """Calibrate what files of these nouns (`engine`, `cluster`) can say; raises `InputError` where runs cannot tell."""
     rows = list(read_rows(path))

@@ -34,7 +34,6 @@ NUM_DRAWS = 5
 #: Steps of the fit: enough for residuals to stand still to a tenth of a percent.
 NUM_EVALUATIONS = 16
 
-
 #: An unmeasured device is off by at least this: its rate of products may lie so far from that of others. The folds
 #: have one device that no other source has, which is too few to tell.
 DEVICE_WIDTH = 0.13  # [derived] 1.28 deviations of `matmul` in data/priors.json

@@ -89,7 +89,7 @@ def _by_file(found: Fit, folder: Path) -> dict[Path, list[tuple[str, Prior, str]
     devices = list(_presets(folder))
     shares = json.loads((folder / "constants.json").read_text(encoding="utf-8"))
     for prior in dict.fromkeys(key.prior for key in found.offsets.keys):
-        owners = sorted({key.of for key in found.offsets.keys if key.prior is prior and key.of != "*"})
+        owners = sorted(found.offsets.owners(prior))
         if prior.at == "constants":
             places = [(folder / "constants.json", prior.name, "*")]
         elif prior.at == "engine":

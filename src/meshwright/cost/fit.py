@@ -43,7 +43,6 @@ FIRST_STEP = 8.0
 #: Step of the numeric derivative, in spreads.
 STEP = 1e-3
 
-
 #: Whose a number is.
 Owner = Literal["constants", "device", "engine"]
 
@@ -153,7 +152,7 @@ class Offsets:
         return {key.of for key in self.keys if key.prior is prior and key.of != "*"}
 
     def value(self, prior: Prior, of: str) -> float:
-        """A number of a device or engine, deviation included where it has one; of `constants` with `of` = ''."""
+        """A number of a device or engine, deviation included where it has one; the generic one of `*`."""
         offset = sum(
             key.spread * float(x)
             for key, x in zip(self.keys, self.x, strict=True)
@@ -223,12 +222,12 @@ class Fit:
     num_evaluations: int
 
 
-def keys_for(cases: Sequence[Case], known: Sequence[Prior] | None = None) -> tuple[Key, ...]:
+def keys_for(cases: Sequence[Case]) -> tuple[Key, ...]:
     """The numbers that runs may tell of: constants and generic values, and one of each engine and device among them."""
     engines = sorted({case.engine.name for case in cases})
     devices = sorted({architecture(case.cluster.slowest_device.name) for case in cases})
     found = []
-    for prior in known or priors():
+    for prior in priors():
         if prior.spread and not prior.only:
             found.append(Key(prior, "*"))
         names = prior.only or (engines if prior.at == "engine" else devices)
