@@ -6,7 +6,7 @@ python docs/picture.py
 import sys
 from pathlib import Path
 
-from rich.console import Console
+import rich.console
 
 from meshwright import cli
 
@@ -15,8 +15,9 @@ COMMAND = "meshwright plan llama-3-70b dgx-h100x8 --global-batch 256 --seq-len 8
 
 def main() -> None:
     """Run the command with a console that records."""
-    console = Console(record=True, width=100, force_terminal=True, highlight=False)
-    cli._console = lambda stderr=False: Console(stderr=True) if stderr else console
+    plain = rich.console.Console
+    console = plain(record=True, width=100, force_terminal=True, highlight=False)
+    rich.console.Console = lambda stderr=False, **_: plain(stderr=True) if stderr else console  # type: ignore[misc]
     sys.argv = COMMAND.split()
     try:
         cli.main()

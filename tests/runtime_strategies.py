@@ -10,9 +10,9 @@ from meshwright.graph import Graph
 from meshwright.io.models import graph_from_config, load_model
 from meshwright.results import Measurement
 from meshwright.runtime.launch import run_many
-from meshwright.runtime.refuse import run_problems
+from meshwright.runtime.refuse import SCHEDULES_RUN, run_problems
 from meshwright.runtime.train import Job
-from meshwright.strategy import Recompute, Shorthand, expand, parse_shorthand
+from meshwright.strategy import CUSTOM, Recompute, Shorthand, expand, parse_shorthand
 from meshwright.workload import Workload
 
 WORKLOAD = Workload(global_batch=8, seq_len=16, precision="float64")
@@ -29,6 +29,9 @@ UNEVEN = {
     "vocab_size": 61,
     "tie_word_embeddings": True,
 }
+
+#: Two stages on each of four ranks are eight, and it has no block more; embedding and head are one tensor.
+DEEP = {**UNEVEN, "hidden_size": 16, "num_hidden_layers": 6, "head_dim": 4, "intermediate_size": 24}
 
 #: Per model, what each entry is there for; those of one model run out of one worker and share one reference.
 PRODUCTS: dict[str, tuple[str, ...]] = {
@@ -67,7 +70,8 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 @cache
 def model(name: str) -> Graph:
     """A tiny model by its name here."""
-    return graph_from_config(dict(UNEVEN), name="uneven") if name == "uneven" else load_model(name)
+    configs = {"uneven": UNEVEN, "deep": DEEP}
+    return graph_from_config(dict(configs[name]), name=name) if name in configs else load_model(name)
 
 
 def job(name: str, shorthand: str | Shorthand, workload: Workload = WORKLOAD, steps: int = 3) -> Job:
@@ -98,7 +102,7 @@ def sampled(seed: int, count: int) -> list[tuple[str, Shorthand]]:
             cp=cp,
             mbs=generator.choice((2, 4)),
             vpp=vpp,
-            schedule="Interleaved1F1B" if vpp > 1 else generator.choice(("GPipe", "1F1B")),
+            schedule=generator.choice([name for name in SCHEDULES_RUN if name != CUSTOM]),
             zero=zero,
             recompute=generator.choice(list(Recompute)),
             sp=generator.choice((0, 1)),

@@ -383,7 +383,18 @@ def test_progress_is_on_stderr_and_only_where_someone_watches() -> None:
     assert meshwright("plan", *SMALL, "--json", env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).err == ""
 
 
-COMMANDS = ("plan", "estimate", "explain", "run", "validate", "presets", "schema", "calibrate")
+COMMANDS = (
+    "plan",
+    "estimate",
+    "explain",
+    "simulate",
+    "schedule",
+    "run",
+    "validate",
+    "calibrate",
+    "presets",
+    "schema",
+)
 
 
 def options_of(command: str) -> list[str]:

@@ -244,7 +244,8 @@ def test_reasons_have_numbers() -> None:
 
 def closed_form(name: str, forward: list[float], backward: list[float], v: int, m: int) -> float:
     ones = np.ones(len(forward), dtype=int)
-    found = pipeline_time(name, np.array(forward), np.array(backward), ones, v, m)
+    halves = np.array(backward) / 2
+    found = pipeline_time(name, np.array(forward), np.array(backward), halves, ones, v, m)
     return float(found)
 
 
@@ -257,7 +258,7 @@ def replayed(
     return replay(actions(name, p, v, m), duration, p * v).makespan_s
 
 
-@pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B"])
+@pytest.mark.parametrize("name", ["GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS"])
 @pytest.mark.parametrize("p", range(1, 7))
 def test_equal_stages_are_exact(name: str, p: int) -> None:
     for v, m in product(range(1, 5), range(1, 20)):
@@ -281,11 +282,12 @@ def test_zero_bubble_is_faster_than_1f1b_and_holds_more() -> None:
     }
     assert found["ZB-H2"].step_time_s < found["ZB-H1"].step_time_s < found["1F1B"].step_time_s
     assert found["ZB-H2"].peak_memory_bytes > found["ZB-H1"].peak_memory_bytes >= found["1F1B"].peak_memory_bytes
-    assert found["ZB-H2"].bubble_fraction < 0.01
+    # Gradients of weights take less than a forward (attention has none), so they do not fill the bubble whole.
+    assert found["ZB-H2"].bubble_fraction < found["ZB-H1"].bubble_fraction / 1.5
 
 
 def test_equal_ranks_folded_into_one_kind() -> None:
-    folded = pipeline_time("1F1B", np.array([1.0]), np.array([2.0]), np.array([4]), 1, 8)
+    folded = pipeline_time("1F1B", np.array([1.0]), np.array([2.0]), np.array([1.0]), np.array([4]), 1, 8)
     assert float(folded) == 3 * (8 + 3)
 
 

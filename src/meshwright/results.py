@@ -62,8 +62,21 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Ran:
+    """An action that a rank ran, in PyTorch's notation, and when: seconds since the step's first action started."""
+
+    action: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """A real run: the loss of each step, the median step after the first, the largest peak of any rank."""
+    """A real run: the loss of each step, the median step after the first, the largest peak of any rank.
+
+    `timeline` (empty unless the run was recorded) holds, for each pipeline rank of the first replica, the actions of
+    the last step in the order in which they ran.
+    """
 
     losses: tuple[float, ...]
     step_time_s: float
@@ -71,3 +84,15 @@ class Measurement:
     peak_memory_bytes: float
     rank_memory_bytes: tuple[float, ...] = field(default=())
     check: Check | None = None
+    timeline: tuple[tuple[Ran, ...], ...] = ()
+
+    @property
+    def bubble_fraction(self) -> float | None:
+        """The idle share, 0 to 1, of ranks x period in the timeline; the period is the longest span, over ranks, from
+        first to last action. None where nothing was recorded."""
+        rows = [row for row in self.timeline if row]
+        period_s = max((row[-1].end_s - row[0].start_s for row in rows), default=0.0)
+        if not period_s:
+            return None
+        busy_s = sum(ran.end_s - ran.start_s for row in rows for ran in row)
+        return 1.0 - busy_s / (len(self.timeline) * period_s)

@@ -20,7 +20,19 @@ from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Graph, Role
-from meshwright.schedule import SCHEDULES, schedule_problems
+from meshwright.schedule import (
+    SCHEDULES,
+    Action,
+    ActionKind,
+    Table,
+    actions,
+    check_table,
+    compute_parts,
+    parse_action,
+    rank_of_stage,
+    schedule_problems,
+    stages_of_rank,
+)
 from meshwright.sharding import AxisRule, BlockLayout, StatePlacement, lay_out, operator_splits, zero_placement
 from meshwright.workload import Workload
 
@@ -69,7 +81,8 @@ class Strategy:
 
     `mesh` is outermost first; the rank of a device is its row-major index. `splits` gives, per block and operator (or
     boundary tensor), the dim that each axis splits. `stages` are in the order in which a microbatch passes them.
-    `microbatch` is in sequences per data-parallel rank. `recompute` is per block.
+    `microbatch` is in sequences per data-parallel rank. `recompute` is per block. Where `schedule` is `custom`, `table`
+    has a row for each pipeline rank: actions in PyTorch's notation, with commas between.
     """
 
     mesh: tuple[MeshAxis, ...]
@@ -79,6 +92,7 @@ class Strategy:
     microbatch: int
     state: StatePlacement
     recompute: dict[str, Recompute] = field(default_factory=dict)
+    table: tuple[str, ...] = ()
 
     @property
     def degrees(self) -> dict[str, int]:
@@ -108,6 +122,19 @@ class Strategy:
     def layouts(self, graph: Graph) -> dict[str, BlockLayout]:
         """The layout of every distinct block."""
         return {block.name: lay_out(block, self.splits[block.name]) for block in graph.blocks}
+
+
+#: The schedule of a strategy that brings its own table.
+CUSTOM = "custom"
+
+
+def strategy_table(strategy: Strategy, num_microbatches: int) -> Table:
+    """The actions of each pipeline rank; where stages lie in another order than the schedule's, so do its rows."""
+    if strategy.schedule == CUSTOM:
+        return tuple(tuple(parse_action(text) for text in row.split(",")) for row in strategy.table)
+    table = actions(strategy.schedule, strategy.pipeline_size, strategy.virtual_stages, num_microbatches)
+    rows: dict[int, tuple[Action, ...]] = {strategy.stages[row[0].stage].pipeline_rank: row for row in table}
+    return tuple(rows[rank] for rank in range(strategy.pipeline_size))
 
 
 def root_axis(axis: str) -> str:
@@ -358,12 +385,14 @@ def blocks_per_stage(graph: Graph, num_stages: int) -> list[int]:
     return counts
 
 
-def uniform_stages(graph: Graph, pipeline_size: int, virtual_stages: int) -> tuple[Stage, ...]:
-    """Contiguous stages of `blocks_per_stage`, dealt to the pipeline ranks in turn."""
+def uniform_stages(
+    graph: Graph, pipeline_size: int, virtual_stages: int, schedule: str = "Interleaved1F1B"
+) -> tuple[Stage, ...]:
+    """Contiguous stages of `blocks_per_stage`, dealt to the pipeline ranks as the schedule has them."""
     counts = blocks_per_stage(graph, pipeline_size * virtual_stages)
     stages, start = [], 0
     for index, count in enumerate(counts):
-        stages.append(Stage(index % pipeline_size, (BlockRange(start, start + count),)))
+        stages.append(Stage(rank_of_stage(schedule, index, pipeline_size), (BlockRange(start, start + count),)))
         start += count
     return tuple(stages)
 
@@ -389,7 +418,7 @@ def expand(shorthand: Shorthand, graph: Graph) -> Strategy:
     return Strategy(
         mesh=mesh,
         splits=uniform_splits(graph, [rule for rule in rules if rule.axis in names]),
-        stages=uniform_stages(graph, shorthand.pp, shorthand.vpp),
+        stages=uniform_stages(graph, shorthand.pp, shorthand.vpp, shorthand.schedule),
         schedule=shorthand.schedule,
         microbatch=shorthand.mbs,
         state=zero_placement(shorthand.zero, state_axes(names)),
@@ -415,6 +444,8 @@ def recompute_blocks(graph: Graph, recompute: Recompute) -> dict[str, Recompute]
 def shorthand_of(strategy: Strategy, graph: Graph) -> Shorthand | None:
     """The shorthand that expands to `strategy`, or None where none does."""
     if any(_number_problems(strategy)) or len(strategy.stages) < strategy.pipeline_size:
+        return None
+    if strategy.schedule not in SCHEDULES:
         return None
     degrees = strategy.degrees
     dp, axis = degree_of("dp", degrees), degrees.get("ep", 1)
@@ -552,13 +583,50 @@ def strategy_problems(strategy: Strategy, graph: Graph, num_devices: int, worklo
     problems += _recompute_problems(strategy, graph)
     problems += _state_problems(strategy, graph)
     problems += position_problems(graph, workload)
-    if not problems:
-        problems += schedule_problems(
-            strategy.schedule,
-            strategy.pipeline_size,
-            strategy.virtual_stages,
-            strategy.num_microbatches(workload),
-        )
+    return problems or _order_problems(strategy, strategy.num_microbatches(workload))
+
+
+def _order_problems(strategy: Strategy, num_microbatches: int) -> list[Problem]:
+    """What is wrong with the schedule, for stages that lie where they lie."""
+    size, name, v = strategy.pipeline_size, strategy.schedule, strategy.virtual_stages
+    if name == CUSTOM:
+        return _table_problems(strategy, num_microbatches)
+    if problems := schedule_problems(name, size, v, num_microbatches):
+        return problems
+    if strategy.table:
+        return [Problem("table", f"{len(strategy.table)} rows", f"only where the schedule is {CUSTOM}", "no rows")]
+    if not SCHEDULES[name].has_backward:
+        trains = ", ".join(each for each in SCHEDULES if SCHEDULES[each].has_backward)
+        return [Problem("schedule", name, f"has no backward, and a step trains; that have one: {trains}", "1F1B")]
+    found = []
+    for rank in range(size):
+        own = stages_of_rank(name, rank, size, v)
+        places = [strategy.stages[stage].pipeline_rank for stage in own]
+        if len(set(places)) > 1:
+            rule = f"{name} runs these stages on one rank"
+            found.append(Problem("stages", f"stages {list(own)} on ranks {places}", rule, f"all on rank {places[0]}"))
+    return found
+
+
+def _table_problems(strategy: Strategy, num_microbatches: int) -> list[Problem]:
+    """What is wrong with a table of one's own."""
+    if len(strategy.table) != strategy.pipeline_size:
+        rule = "a row for each pipeline rank"
+        return [Problem("table", f"{len(strategy.table)} rows", rule, f"{strategy.pipeline_size} rows")]
+    try:
+        table = strategy_table(strategy, num_microbatches)
+    except InputError as error:
+        return list(error.problems)
+    problems = check_table(table, len(strategy.stages), num_microbatches)
+    if problems:
+        return problems
+    for rank, row in enumerate(table):
+        for stage in sorted({part.stage for action in row for part in compute_parts(action)}):
+            if (place := strategy.stages[stage].pipeline_rank) != rank:
+                rule = f"the table runs it on rank {rank}, and it lies on rank {place}"
+                problems.append(Problem("table", f"stage {stage}", rule))
+    if not any(part.kind is not ActionKind.F for row in table for action in row for part in compute_parts(action)):
+        problems.append(Problem("table", "forwards alone", "a step trains: each microbatch has a backward too"))
     return problems
 
 

@@ -19,6 +19,7 @@ from meshwright.bench.runs import NotExpressible, Row, Setup, Skipped, read_rows
 from meshwright.cost.analytic import Case, estimate_of, evaluate_cases, grouped
 from meshwright.errors import InputError
 from meshwright.results import Estimate
+from meshwright.sim.evaluators import evaluate
 
 #: Fewer comparable rows than this say nothing about their order.
 MIN_COMPARABLE = 3
@@ -94,16 +95,16 @@ class Validation:
     skipped: tuple[Skipped, ...]
 
 
-def validate_runs(path: str) -> Validation:
+def validate_runs(path: str, evaluator: str = "analytic") -> Validation:
     """Predict every row of a CSV and compare; raises `InputError` where the file is none."""
-    return compare(read_rows(path))
+    return compare(read_rows(path), evaluator)
 
 
-def compare(rows: Iterable[Row | Skipped]) -> Validation:
+def compare(rows: Iterable[Row | Skipped], evaluator: str = "analytic") -> Validation:
     """Predict rows, equal setups once, and compare."""
     listed = list(rows)
     setups = list(dict.fromkeys(row.setup for row in listed if isinstance(row, Row)))
-    done = dict(zip(setups, predict_all(setups), strict=True))
+    done = dict(zip(setups, predict_all(setups, evaluator), strict=True))
     compared: list[Compared] = []
     skipped: list[Skipped] = []
     for row in listed:
@@ -117,12 +118,16 @@ def compare(rows: Iterable[Row | Skipped]) -> Validation:
     return Validation(tuple(compared), source_errors(compared), tuple(skipped))
 
 
-def predict_all(setups: Sequence[Setup]) -> list[Prediction | str]:
-    """The prediction of each setup, or the reason why there is none; alike ones are priced together."""
+def predict_all(setups: Sequence[Setup], evaluator: str = "analytic") -> list[Prediction | str]:
+    """The prediction of each setup, or the reason why there is none; the closed form prices alike ones together."""
     built = [_built(setup) for setup in setups]
     found: list[Prediction | str] = [one if isinstance(one, str) else "" for one in built]
     places = [index for index, one in enumerate(built) if not isinstance(one, str)]
     cases = [one for one in built if not isinstance(one, str)]
+    if evaluator != "analytic":
+        for index, (case, assumptions) in zip(places, cases, strict=True):
+            found[index] = _prediction(evaluate(case, evaluator), assumptions)
+        return found
     for group in grouped([case for case, _ in cases]):
         evaluated = evaluate_cases([cases[index][0] for index in group])
         for row, index in enumerate(group):

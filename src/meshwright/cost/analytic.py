@@ -29,9 +29,10 @@ from meshwright.cost.layouts import (
 from meshwright.cost.memory import MEMORY_RESERVE
 from meshwright.cost.spread import interval, probability_below, spread, unknowns
 from meshwright.cost.stages import Members, RankTable, Rows, rank_table_of
-from meshwright.cost.step import StepColumns, communication_ledger, evaluate, prepare, utilisation
+from meshwright.cost.step import Prepared, StepColumns, communication_ledger, evaluate, prepare, utilisation
 from meshwright.engine import Engine
 from meshwright.graph import Graph, Operator
+from meshwright.profile import Profile
 from meshwright.results import Estimate
 from meshwright.sharding import BlockLayout
 from meshwright.strategy import Strategy, degree_of
@@ -71,7 +72,13 @@ class Evaluation:
 
 def estimate(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workload, engine: Engine) -> Estimate:
     """Predict one step of a legal strategy (see `strategy.strategy_problems` for what is legal)."""
-    return estimate_of(evaluate_cases([Case(graph, cluster, strategy, workload, engine)]), 0)
+    return estimate_case(Case(graph, cluster, strategy, workload, engine))
+
+
+def estimate_case(case: Case, profile: Profile | None = None) -> Estimate:
+    """Predict one case, with measured times of single operators where a profile has them."""
+    machine = machine_of(case.cluster, case.engine, case.workload, profile=profile)
+    return estimate_of(evaluate_batch(batch_of([case]), machine), 0)
 
 
 @dataclass(frozen=True)
@@ -114,13 +121,23 @@ def batch_of(cases: Sequence[Case]) -> Batch:
 
 def evaluate_batch(batch: Batch, machine: Machine) -> Evaluation:
     """Price a batch on a machine."""
+    prepared = prepare_batch(batch, machine)
+    columns = evaluate(prepared, batch.tables, batch.members)
+    return evaluation_of(batch, prepared, columns)
+
+
+def prepare_batch(batch: Batch, machine: Machine) -> Prepared:
+    """All that a batch's layouts give on a machine, before stages and schedule."""
     first = batch.cases[0]
     priced = price_sized(
         first.graph, batch.layouts, batch.extents, batch.shares, batch.microbatch, machine, first.workload
     )
-    prepared = prepare(priced, [first.strategy.state], [first.strategy.recompute])
-    columns = evaluate(prepared, batch.tables, batch.members)
-    return Evaluation(batch.cases, priced, prepared.states[0][1], batch.tables, batch.members, columns)
+    return prepare(priced, [first.strategy.state], [first.strategy.recompute])
+
+
+def evaluation_of(batch: Batch, prepared: Prepared, columns: StepColumns) -> Evaluation:
+    """A batch with what was found of it."""
+    return Evaluation(batch.cases, prepared.priced, prepared.states[0][1], batch.tables, batch.members, columns)
 
 
 def evaluate_cases(cases: Sequence[Case]) -> Evaluation:

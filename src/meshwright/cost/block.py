@@ -55,13 +55,16 @@ class Communication:
 
 @dataclass(frozen=True)
 class BlockPrice:
-    """See the module's docstring. Times are of one microbatch in seconds, sizes in bytes."""
+    """See the module's docstring. Times are of one microbatch in seconds, sizes in bytes; of `backward_s`, `weight_s`
+    makes gradients of parameters. `launches` is how many operators the host is charged for starting in a forward."""
 
     operators: tuple[OperatorPrice, ...]
     forward_s: Any
     backward_s: Any
+    weight_s: Any
+    launches: Any
     recompute_s: dict[Recompute, Any]
-    recomputed_operators: dict[Recompute, int]
+    recompute_launches: dict[Recompute, Any]
     forward: Communication
     backward: Communication
     kept_bytes: dict[Recompute, Any]
@@ -96,12 +99,18 @@ def price_block(layout: BlockLayout, pricing: Pricing, levels: Wires, *, is_end:
         operators=prices,
         forward_s=sum(price.forward_s for price in prices),
         backward_s=sum(price.backward_s for price in prices),
+        weight_s=sum(price.weight_s for price in prices),
+        launches=sum(price.launches for price in prices),
         recompute_s={
             Recompute.NONE: 0.0,
             Recompute.SELECTIVE: sum(price.forward_s for price in again),
             Recompute.FULL: sum(price.forward_s for price in prices),
         },
-        recomputed_operators={Recompute.NONE: 0, Recompute.SELECTIVE: len(again), Recompute.FULL: len(prices)},
+        recompute_launches={
+            Recompute.NONE: 0,
+            Recompute.SELECTIVE: sum(price.launches for price in again),
+            Recompute.FULL: sum(price.launches for price in prices),
+        },
         forward=_communication(layout, (Phase.FORWARD,), pricing, levels),
         backward=_communication(layout, (Phase.BACKWARD, Phase.REGATHER), pricing, levels),
         kept_bytes={kind: sum(kept_bytes(layout, kind, pricing, is_end=is_end).values()) for kind in Recompute},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ from meshwright.cost.comm import Wires
 from meshwright.cost.constants import Constants
 from meshwright.cost.extents import Extents
 from meshwright.engine import Engine
-from meshwright.graph import Block, Operator, Role
+from meshwright.graph import Block, Operator, Role, Tensor
+from meshwright.profile import MeasuredOperator, OperatorKey, Profile
 from meshwright.sharding import OperatorLayout
 from meshwright.workload import PRODUCT_BYTES, Workload
 
@@ -81,15 +82,25 @@ def precision_assumptions(device: Device, workload: Workload) -> tuple[str, ...]
     return tuple(assumed)
 
 
+#: Kinds whose backward is the gradient of their parameter alone: their input has none, or it is that of the result.
+WEIGHT_GRADIENT_ALONE = ("embedding", "position_embedding", "bias")
+
+
 @dataclass(frozen=True)
 class OperatorPrice:
-    """One operator on one rank: FLOPs and bytes of its forward, and seconds of its forward and backward."""
+    """One operator on one rank: FLOPs and bytes of its forward, and seconds of its forward and backward.
+
+    `weight_s` is the part of the backward that makes gradients of parameters. A norm's is 0: one fused kernel makes
+    both of its gradients. `launches` is how often the host is charged for starting it in a forward: once, or not at all
+    where seconds were measured, which hold the start."""
 
     name: str
     flops: Any
     bytes: Any
     forward_s: Any
     backward_s: Any
+    weight_s: Any = 0.0
+    launches: Any = 1
 
 
 Prices = tuple[OperatorPrice, ...]
@@ -108,17 +119,81 @@ class Pricing:
     workload: Workload
     extents: Extents
     networks: Mapping[str, Wires] = field(default_factory=dict)
+    profile: Profile | None = None
 
 
 def price_operators(layouts: Sequence[OperatorLayout], block: Block, pricing: Pricing, *, is_end: bool) -> Prices:
-    """Price the operators of a block under their splits; see `price_operator`."""
+    """Price the operators of a block under their splits: by what a profile measured where it has an operator, else as
+    `price_operator` does."""
     peers: dict[Hashable, list[OperatorLayout]] = {}
     for layout in layouts:
         peers.setdefault(_fused_with(block, layout.operator), []).append(layout)
-    return tuple(
+    prices = [
         price_operator(block, layout, pricing, peers[_fused_with(block, layout.operator)], is_end=is_end)
         for layout in layouts
+    ]
+    if pricing.profile is None:
+        return tuple(prices)
+    for index, layout in enumerate(layouts):
+        is_smaller = is_quantized(block, layout.operator, pricing, is_end=is_end)
+        if not is_smaller and layout.operator.kind not in pricing.engine.fused_kinds:
+            keys = operator_keys(block, layout, pricing.extents, pricing.workload)
+            prices[index] = _as_measured(prices[index], keys, pricing.profile.by_key)
+    return tuple(prices)
+
+
+def _as_measured(price: OperatorPrice, keys: Any, seen: Mapping[OperatorKey, MeasuredOperator]) -> OperatorPrice:
+    """A price with measured seconds in the layouts whose keys were `seen`; those hold the operator's start."""
+    found = [seen.get(key) for key in keys.flat]
+    known = np.array([one is not None for one in found]).reshape(keys.shape)
+    if not known.any():
+        return price
+    forward_s, input_s, weight_s = (
+        np.array([getattr(one, name, 0.0) for one in found]).reshape(keys.shape)
+        for name in ("forward_s", "input_s", "weight_s")
     )
+    return replace(
+        price,
+        forward_s=np.where(known, forward_s, price.forward_s),
+        backward_s=np.where(known, input_s + weight_s, price.backward_s),
+        weight_s=np.where(known, weight_s, price.weight_s),
+        launches=np.where(known, 0, price.launches),
+    )
+
+
+#: Dims whose cut changes what a kernel does, beyond its local sizes: a piece of a table masks the rows of others.
+MASKED_CUTS = {"embedding": ("vocab",)}
+
+
+def operator_keys(block: Block, layout: OperatorLayout, extents: Extents, workload: Workload) -> Any:
+    """What a profile calls an operator: an array with the key under each layout."""
+    operator, local = layout.operator, extents.local_dims(block, layout)
+    cuts = [dim for dim in MASKED_CUTS.get(operator.kind, ()) if dim in layout.split.values()]
+    pieces = [extents.ranks(axis for axis, split in layout.split.items() if split == dim) for dim in cuts]
+    columns = np.broadcast_arrays(*(np.ceil(size).astype(int) for size in local.values()), *pieces)
+    # Layouts repeat sizes: each distinct key is made once.
+    rows, index = np.unique(np.stack([column.ravel() for column in columns]), axis=1, return_inverse=True)
+    tensors = [block.tensor[name] for name in operator.inputs]
+    keys = np.empty(rows.shape[1], dtype=object)
+    for position, row in enumerate(rows.T.tolist()):
+        keys[position] = OperatorKey(
+            kind=operator.kind,
+            spec=operator.spec,
+            sizes=tuple(zip(local, row[: len(local)], strict=True)),
+            dtypes=tuple(_type_of(tensor, workload) for tensor in tensors),
+            roles=tuple(tensor.role if tensor.differentiable else Role.INPUT for tensor in tensors),
+            unsplit=operator.unsplit,
+            attributes=tuple(sorted(operator.attributes.items())),
+            cut=tuple(dim for dim, number in zip(cuts, row[len(local) :], strict=True) if number > 1),
+        )
+    return keys[index.ravel()].reshape(columns[0].shape)
+
+
+def _type_of(tensor: Tensor, workload: Workload) -> str:
+    """The type that a tensor has in a run: what is at least float32 is float64 where everything is."""
+    if tensor.dtype == "compute" or (tensor.dtype, workload.precision) == ("float32", "float64"):
+        return workload.precision
+    return tensor.dtype
 
 
 def _fused_with(block: Block, operator: Operator) -> Hashable:
@@ -148,7 +223,9 @@ def price_operator(
         return OperatorPrice(operator.name, 0, num_bytes, 0.0 * traffic_s, 0.0 * traffic_s)
     passes = {"cross_entropy": pricing.engine.loss_passes, "softmax": constants.softmax_passes}.get(operator.kind, 1.0)
     forward_s = pricing.engine.traffic_factor * passes * traffic_s + constants.kernel_s
-    return OperatorPrice(operator.name, 0, num_bytes, forward_s, constants.memory_backward * forward_s)
+    backward_s = constants.memory_backward * forward_s
+    weight_s = backward_s if operator.kind in WEIGHT_GRADIENT_ALONE else 0.0 * backward_s
+    return OperatorPrice(operator.name, 0, num_bytes, forward_s, backward_s, weight_s)
 
 
 def operand_bytes(block: Block, layout: OperatorLayout, pricing: Pricing) -> Any:
@@ -208,7 +285,8 @@ def _product(
     is_end: bool,
 ) -> OperatorPrice:
     """A contraction: forward over its contracted dims, backward one product for each operand, over the dims that it
-    lacks; each at the rate of its own depth and area, or as memory traffic where that takes longer."""
+    lacks; each at the rate of its own depth and area, or as memory traffic where that takes longer. The gradient of
+    the result is cast for the input's gradient, which comes first."""
     operator, local = layout.operator, pricing.extents.local_dims(block, layout)
     constants = pricing.constants
     flops = _flops(operator, local)
@@ -231,7 +309,8 @@ def _product(
         for dims, is_weight in zip(operator.input_dims, weights, strict=True)
     ]
     forward_s = seconds(product - operator.contracted, False) + share * cast_in_s
-    return OperatorPrice(operator.name, flops, num_bytes, forward_s, sum(backward) + cast_out_s)
+    weight_s = sum(seconds for seconds, is_weight in zip(backward, weights, strict=True) if is_weight)
+    return OperatorPrice(operator.name, flops, num_bytes, forward_s, sum(backward) + cast_out_s, weight_s)
 
 
 def is_quantized(block: Block, operator: Operator, pricing: Pricing, *, is_end: bool) -> bool:

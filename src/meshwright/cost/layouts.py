@@ -14,13 +14,14 @@ from typing import Any
 from meshwright.cluster import Cluster, Level
 from meshwright.cost.block import BlockPrice, Communication, StatePrice, price_block, price_state, price_step
 from meshwright.cost.comm import Shares, Wires, wires
-from meshwright.cost.compute import DeviceRates, Pricing, device_rates
+from meshwright.cost.compute import DeviceRates, Pricing, device_rates, operator_keys
 from meshwright.cost.constants import Constants, constants
 from meshwright.cost.extents import Extents
 from meshwright.engine import Engine
 from meshwright.graph import Graph, Tensor
+from meshwright.profile import OperatorKey, Profile
 from meshwright.sharding import BlockLayout, StatePlacement, Step, redistribution, wanted_gradient
-from meshwright.strategy import degree_of
+from meshwright.strategy import Strategy, degree_of
 from meshwright.workload import Workload
 
 
@@ -31,7 +32,8 @@ class Machine:
     How communication is carried out is the engine's habit, unless a space chooses it: the `exposed` share of each
     degree's seconds, whether ranks `slice_messages` between stages, the `networks` of degrees that keep to some of the
     `levels`, and the degrees whose transfers run in `tiles` beside the computation of their block, which then exposes
-    what it cannot hide. These may be arrays of choices: `num_choices` leading dims, then that of the layouts."""
+    what it cannot hide. These may be arrays of choices: `num_choices` leading dims, then that of the layouts. Operators
+    that a `profile` has are priced as it measured them."""
 
     rates: DeviceRates
     memory_bytes: float
@@ -43,10 +45,18 @@ class Machine:
     networks: Mapping[str, Wires] = field(default_factory=dict)
     tiles: frozenset[str] = frozenset()
     num_choices: int = 0
+    profile: Profile | None = None
 
 
-def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Constants | None = None) -> Machine:
-    """What pricing needs of a cluster and an engine; the constants are the package's unless given."""
+def machine_of(
+    cluster: Cluster,
+    engine: Engine,
+    workload: Workload,
+    known: Constants | None = None,
+    profile: Profile | None = None,
+) -> Machine:
+    """What pricing needs of a cluster and an engine; the constants are the package's unless given. `profile` says what
+    operators took on the machine that the cluster describes."""
     known = known or constants()
     return Machine(
         rates=device_rates(cluster.slowest_device, workload, known),
@@ -56,6 +66,7 @@ def machine_of(cluster: Cluster, engine: Engine, workload: Workload, known: Cons
         constants=known,
         exposed=engine.exposed,
         slice_messages=engine.slice_messages,
+        profile=profile,
     )
 
 
@@ -113,12 +124,36 @@ def price_sized(
 ) -> PricedLayouts:
     """Price all blocks of a structure of given extents, whose blocks follow one another by `handover_shares`; all
     numbers or columns of length U."""
-    pricing = Pricing(machine.rates, machine.engine, machine.constants, workload, extents, machine.networks)
+    pricing = Pricing(
+        machine.rates, machine.engine, machine.constants, workload, extents, machine.networks, machine.profile
+    )
     ends = end_blocks(graph)
     blocks = {
         name: price_block(layout, pricing, machine.levels, is_end=name in ends) for name, layout in layouts.items()
     }
     return _with_handovers(PricedLayouts(graph, layouts, machine, pricing, microbatch, blocks), shares)
+
+
+def operators_of(graph: Graph, strategy: Strategy, workload: Workload, engine: Engine) -> tuple[OperatorKey, ...]:
+    """The distinct operators that ranks of a strategy execute as kernels of their own, in the model's order: what a
+    profile must have for all of them to be priced as measured."""
+    degrees = {"pp": 1, **strategy.degrees}
+    sizes = graph.sizes(strategy.microbatch * int(degree_of("dp", degrees)), workload.seq_len)
+    extents = Extents(sizes, degrees)
+    found = [
+        operator_keys(layout.block, each, extents, workload).item()
+        for layout in strategy.layouts(graph).values()
+        for each in layout.operators
+        if each.operator.kind not in engine.fused_kinds
+    ]
+    return tuple(dict.fromkeys(found))
+
+
+def missing_operators(
+    graph: Graph, strategy: Strategy, workload: Workload, engine: Engine, profile: Profile
+) -> tuple[OperatorKey, ...]:
+    """Of `operators_of` those that a profile does not have: they are priced by formula."""
+    return tuple(key for key in operators_of(graph, strategy, workload, engine) if key not in profile.by_key)
 
 
 def end_blocks(graph: Graph) -> frozenset[str]:

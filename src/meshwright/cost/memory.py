@@ -17,7 +17,7 @@ from meshwright.cost.layouts import PricedLayouts, end_blocks, state_bytes
 from meshwright.cost.passes import in_order
 from meshwright.cost.stages import Members, Rows
 from meshwright.engine import Footprint
-from meshwright.schedule import num_deferred, peak_in_flight
+from meshwright.schedule import num_deferred, peak_in_flight, weight_versions
 from meshwright.sharding import StatePlacement, group_size, shards_of
 from meshwright.strategy import Recompute
 
@@ -122,20 +122,32 @@ def memory_columns(priced: PricedLayouts, states: States, recomputes: Recomputes
     )
 
 
-def memory_ledger(columns: MemoryColumns, rows: Rows, members: Members, waits: Any) -> Memory:
+@dataclass(frozen=True)
+class InFlight:
+    """Microbatches of which something is kept for a backward, at most: by kind of rank, as shares of all that a rank
+    holds (a rank of two stages with three of one and two of the other: 2.5), and those of the head; and the versions of
+    the weights that a schedule without a flush keeps."""
+
+    rank_KM: Any
+    head_M: Any
+    versions_KM: Any = 1  # of the weights
+
+
+def memory_ledger(columns: MemoryColumns, rows: Rows, held: InFlight, waits: Any) -> Memory:
     """What each kind of rank needs; `waits` where its host waits for its device (Z x C x M, or 1)."""
     habits = columns.habits
-    in_flight = rows.spread(_in_flight(rows, members) / members.num_virtual_M)
+    in_flight = rows.spread(held.rank_KM)
     gaps = habits.gaps * (rows.ranks_KM.sum(axis=0) > 2)
-    every = members.num_microbatches_M if members.schedule == "GPipe" else 1
     state = {}
-    for category, held in columns.state.items():
-        state[category] = rows.add(held)
+    for category, per_block in columns.state.items():
+        state[category] = rows.add(per_block)
         for one, other, size in columns.tied[category]:
             state[category] = state[category] - rows.holds_both(one, other) * rows.column(size)
+    if np.max(held.versions_KM) > 1:
+        state["weight_versions"] = rows.spread(held.versions_KM - 1) * state["parameters"]
     state["reserved"] = habits.reserved_bytes * rows.spread(rows.ranks_KM > 0)
     passes = {
-        "activations": (in_flight + gaps) * rows.add(columns.kept) + every * rows.add(columns.kept_head),
+        "activations": (in_flight + gaps) * rows.add(columns.kept) + held.head_M * rows.add(columns.kept_head),
         "recompute_buffer": rows.largest(columns.redone),
         "working_set": rows.largest(columns.working),
         "gathered_state": rows.largest(columns.gathered),
@@ -170,12 +182,14 @@ def stacked(priced: PricedLayouts, rows: Sequence[Sequence[Any]]) -> Any:
     return np.stack([np.stack([np.broadcast_to(value, shape) for value in row]) for row in values])
 
 
-def _in_flight(rows: Rows, members: Members) -> Any:
-    """Forwards of a chunk of which something is kept for a backward, at most, on the first rank of each kind."""
+def in_flight(rows: Rows, members: Members) -> InFlight:
+    """What named schedules hold, on the first rank of each kind."""
     num_ranks = rows.ranks_KM.sum(axis=0)
     first_KM = np.minimum(rows.first_KM, num_ranks - 1)
     sizes = (num_ranks, members.num_virtual_M, members.num_microbatches_M, first_KM)
-    return peak_in_flight(members.schedule, *sizes) + num_deferred(members.schedule, *sizes)
+    held_KM = peak_in_flight(members.schedule, *sizes) + num_deferred(members.schedule, *sizes)
+    head_M = members.num_microbatches_M if members.schedule in ("GPipe", "LoopedBFS") else 1
+    return InFlight(held_KM / members.num_virtual_M, head_M, weight_versions(members.schedule, *sizes))
 
 
 def _tied(priced: PricedLayouts) -> list[tuple[tuple[str, str], str]]:

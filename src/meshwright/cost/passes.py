@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,13 +23,17 @@ from meshwright.strategy import Recompute
 
 @dataclass(frozen=True)
 class Pass:
-    """Seconds of the forward or backward of one microbatch in a block, by cause."""
+    """Seconds of the forward or backward of one microbatch in a block, by cause.
+
+    `weights` is the part of `compute` that a backward can put off: what makes gradients of parameters and adds them up.
+    The rest of the pass is what the stage before waits for. A forward has none."""
 
     compute: Any
     recompute: Any
     exposed: dict[str, Any]
     skew: Any
     launch: Any
+    weights: Any = 0.0
 
     @property
     def total(self) -> Any:
@@ -74,9 +78,8 @@ def block_passes(priced: PricedLayouts, block: BlockPrice, state: StatePrice, ki
     bytes_ = state_bytes(engine, priced.workload)
     gathers = state_moves(priced, state.each_use, bytes_.parameter)
     scatters = state_moves(priced, state.each_backward, bytes_.gradient)
-    num_operators = len(block.operators)
     exposed = _exposed(priced, [block.forward], [gathers], block.forward_s)
-    launches_s = _launch_seconds(priced, num_operators, [block.forward])
+    launches_s = _launch_seconds(priced, block.launches, [block.forward])
     forward = _joined(engine, block.forward_s, 0.0, exposed, launches_s, _skew_seconds(engine, [block.forward]))
 
     accumulate_s = 2 * bytes_.gradient * state.numel / priced.machine.rates.memory_Bps
@@ -84,8 +87,9 @@ def block_passes(priced: PricedLayouts, block: BlockPrice, state: StatePrice, ki
     again_s = block.recompute_s[kind]
     waited = [block.backward, *([block.forward] if kind is Recompute.FULL else [])]
     exposed = _exposed(priced, waited, [gathers, scatters], backward_s + again_s)
-    launches_s = _launch_seconds(priced, 2 * num_operators + block.recomputed_operators[kind], waited)
-    return forward, _joined(engine, backward_s, again_s, exposed, launches_s, _skew_seconds(engine, waited))
+    launches_s = _launch_seconds(priced, 2 * block.launches + block.recompute_launches[kind], waited)
+    backward = _joined(engine, backward_s, again_s, exposed, launches_s, _skew_seconds(engine, waited))
+    return forward, replace(backward, weights=block.weight_s + accumulate_s)
 
 
 def _exposed(
@@ -107,7 +111,7 @@ def _exposed(
     return dict(exposed)
 
 
-def _launch_seconds(priced: PricedLayouts, num_operators: int, moves: Iterable[Communication]) -> Any:
+def _launch_seconds(priced: PricedLayouts, num_operators: Any, moves: Iterable[Communication]) -> Any:
     """Host seconds for starting operators and collectives; where it waits for these, it waits for their hops too."""
     engine = priced.machine.engine
     waits = crosses_nodes(priced) * bool(engine.crossing.collective_rank_s)

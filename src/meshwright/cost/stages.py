@@ -34,19 +34,25 @@ def rank_table(graph: Graph, stage_lists: Sequence[Sequence[Stage]]) -> RankTabl
     return rank_table_of(tuple(block.name for block in graph.blocks), [(graph.sequence, own) for own in stage_lists])
 
 
-def rank_table_of(names: Sequence[str], staged: Sequence[tuple[Sequence[str], Sequence[Stage]]]) -> RankTable:
-    """The table of each sequence of blocks with its stages, equal ranks folded; entries are padded to the longest."""
-    folded = [_fold(sequence, names, stages) for sequence, stages in staged]
+def rank_table_of(
+    names: Sequence[str], staged: Sequence[tuple[Sequence[str], Sequence[Stage]]], *, fold: bool = True
+) -> RankTable:
+    """The table of each sequence of blocks with its stages, equal ranks folded; entries are padded to the longest.
+
+    Where ranks are not to be folded, each is a kind of its own, in order."""
+    held = [_held(sequence, names, stages) for sequence, stages in staged]
+    folded = [_fold(rows) if fold else [(row, [rank]) for rank, row in rows] for rows in held]
     width = max(len(rows) for rows in folded)
     counts = np.zeros((len(names), width, len(folded)))
     first, ranks = np.zeros((2, width, len(folded)), dtype=np.int64)
     for table, rows in enumerate(folded):
-        for kind, (row, members) in enumerate(rows.items()):
+        for kind, (row, members) in enumerate(rows):
             counts[:, kind, table], first[kind, table], ranks[kind, table] = row, members[0], len(members)
     return RankTable(tuple(names), counts, first, ranks)
 
 
-def _fold(sequence: Sequence[str], names: Sequence[str], stages: Sequence[Stage]) -> dict[tuple[int, ...], list[int]]:
+def _held(sequence: Sequence[str], names: Sequence[str], stages: Sequence[Stage]) -> list[tuple[int, tuple[int, ...]]]:
+    """Each pipeline rank with how many blocks of each name it holds."""
     held: dict[int, list[int]] = {}
     index = {name: position for position, name in enumerate(names)}
     for stage in stages:
@@ -54,10 +60,15 @@ def _fold(sequence: Sequence[str], names: Sequence[str], stages: Sequence[Stage]
         for part in stage.blocks:
             for name in sequence[part.start : part.stop]:
                 row[index[name]] += 1
+    return [(rank, tuple(held[rank])) for rank in sorted(held)]
+
+
+def _fold(rows: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[tuple[int, ...], list[int]]]:
+    """Each kind of rank with its members."""
     folded: dict[tuple[int, ...], list[int]] = {}
-    for rank in sorted(held):
-        folded.setdefault(tuple(held[rank]), []).append(rank)
-    return folded
+    for rank, row in rows:
+        folded.setdefault(row, []).append(rank)
+    return list(folded.items())
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,13 @@ class Rows:
 
     def holds_both(self, one: str, other: str) -> Any:
         """1 for each kind of rank that holds both of two blocks, else 0; K x 1 x 1 x M."""
-        return self.spread(self._held(one) & self._held(other))
+        return self.spread(self._holds(one) & self._holds(other))
 
     def holds_one(self, one: str, other: str) -> Any:
         """1 for each kind of rank that holds one of two blocks and not the other, else 0; K x 1 x 1 x M."""
-        return self.spread(self._held(one) ^ self._held(other))
+        return self.spread(self._holds(one) ^ self._holds(other))
 
-    def _held(self, name: str) -> Any:
+    def _holds(self, name: str) -> Any:
         return self.counts_BKM[self.blocks.index(name)] > 0
 
     def add(self, values_U: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ before it still drain; the step ends when the last rank has reduced its gradient
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,9 +22,12 @@ from meshwright.cost.comm import point_to_point_time
 from meshwright.cost.extents import doublings
 from meshwright.cost.layouts import PricedLayouts, price_states, state_bytes
 from meshwright.cost.memory import (
+    InFlight,
+    Memory,
     MemoryColumns,
     Recomputes,
     States,
+    in_flight,
     memory_columns,
     memory_ledger,
     parameter_numel,
@@ -34,6 +37,7 @@ from meshwright.cost.passes import block_passes, crosses_nodes, exposed_behind, 
 from meshwright.cost.pipeline import pipeline_time
 from meshwright.cost.stages import Members, RankTable, Rows, pick
 from meshwright.graph import Graph, operator_flops
+from meshwright.schedule import SCHEDULES
 from meshwright.sharding import StatePlacement, group_size
 from meshwright.strategy import Recompute, degree_of, root_axis
 from meshwright.workload import Workload
@@ -70,6 +74,7 @@ class Prepared:
     states: States
     forward_s: dict[str, Any]
     backward_s: dict[str, Any]
+    weights_s: dict[str, Any]
     causes: dict[str, dict[str, Any]]
     moves: list[tuple[str, tuple[str, ...], dict[str, Any]]]
     update_s: dict[str, Any]
@@ -83,7 +88,7 @@ class Prepared:
 def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recomputes: Recomputes) -> Prepared:
     """Everything about layouts that does not depend on stages, schedule and number of microbatches."""
     states: States = [(state, price_states(priced, state)) for state in placements]
-    forward_s, backward_s = {}, {}
+    forward_s, backward_s, weights_s = {}, {}, {}
     causes: dict[str, dict[str, Any]] = {}
     for name, block in priced.blocks.items():
         grid = [
@@ -91,6 +96,7 @@ def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recompu
         ]
         forward_s[name] = stacked(priced, [[row[0][0].total] for row in grid])
         backward_s[name] = stacked(priced, [[both[1].total for both in row] for row in grid])
+        weights_s[name] = stacked(priced, [[both[1].weights for both in row] for row in grid])
         roots = sorted({root for row in grid for both in row for each in both for root in each.exposed})
         for cause in ("compute", "recompute", "launch", "skew"):
             values = [[sum(getattr(each, cause) for each in both) for both in row] for row in grid]
@@ -106,6 +112,7 @@ def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recompu
         states=states,
         forward_s=forward_s,
         backward_s=backward_s,
+        weights_s=weights_s,
         causes=causes,
         moves=_end_moves(priced, states),
         update_s={
@@ -118,7 +125,7 @@ def prepare(priced: PricedLayouts, placements: Sequence[StatePlacement], recompu
             )
             for name in priced.blocks
         },
-        message_s=priced.machine.exposed.get("pp", 1.0) * _message_seconds(priced),
+        message_s=priced.machine.exposed.get("pp", 1.0) * message_seconds(priced),
         blocks=stacked(priced, [[_blocks(priced)]]),
         blocks_many=stacked(priced, [[_blocks_many(priced, state)] for state, _ in states]),
         step_rank_s=stacked(
@@ -159,7 +166,7 @@ def message_bytes(priced: PricedLayouts) -> Any:
     return size * (np.asarray(priced.degrees.get("pp", 1)) > 1)
 
 
-def _message_seconds(priced: PricedLayouts) -> Any:
+def message_seconds(priced: PricedLayouts) -> Any:
     """Seconds of a microbatch's message between stages."""
     pipelined = np.asarray(priced.degrees.get("pp", 1)) > 1
     return _point_to_point(priced, message_bytes(priced)) * pipelined
@@ -194,35 +201,68 @@ def _blocks_many(priced: PricedLayouts, state: StatePlacement) -> Any:
 # --- composition ---------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Turns:
+    """A microbatch on each kind of rank, through all of its stages: seconds of the forward and of the backward (and the
+    part of it that makes gradients of weights), of which in each the exposed part of messages, waiting where they
+    block, and half of what memory pressure takes."""
+
+    forward_K: Any
+    backward_K: Any
+    weights_K: Any
+    message: Any
+    stall_K: Any
+    retry_K: Any
+    memory: Memory
+
+
+def turns(prepared: Prepared, rows: Rows, members: Members, held: InFlight) -> Turns:
+    """What turns take and need, with so many microbatches in flight."""
+    m, v = members.num_microbatches_M, members.num_virtual_M
+    engine = prepared.priced.machine.engine
+    many = m >= engine.crossing.stall_microbatches
+    waits = (rows.column(prepared.blocks) > 0) | ((rows.column(prepared.blocks_many) > 0) & many)
+    memory = memory_ledger(prepared.memory, rows, held, waits)
+    message = v * rows.column(prepared.message_s)
+    sent_K = message * rows.spread(rows.ranks_KM > 0)
+    stall_K = engine.crossing.stall_s * waits * rows.spread(_num_neighbours(rows))
+    retry_K = engine.memory.retry_s_per_byte / 2 * memory.reallocated
+    return Turns(
+        forward_K=rows.add(prepared.forward_s) + sent_K + stall_K + retry_K,
+        backward_K=rows.add(prepared.backward_s) + sent_K + stall_K + retry_K,
+        weights_K=rows.add(prepared.weights_s),
+        message=message,
+        stall_K=stall_K,
+        retry_K=retry_K,
+        memory=memory,
+    )
+
+
 def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepColumns:
     """Price members of one schedule under every placement of state and choice of recomputation prepared."""
     rows = Rows(tables, members, prepared.priced.machine.num_choices)
     m, v = members.num_microbatches_M, members.num_virtual_M
     engine = prepared.priced.machine.engine
-    present_K = rows.spread(rows.ranks_KM > 0)
-    many = m >= engine.crossing.stall_microbatches
-    waits = (rows.column(prepared.blocks) > 0) | ((rows.column(prepared.blocks_many) > 0) & many)
-    memory = memory_ledger(prepared.memory, rows, members, waits)
-    message = v * rows.column(prepared.message_s)
-    sent_K = message * present_K
-    stall_K = engine.crossing.stall_s * waits * rows.spread(_num_neighbours(rows))
-    retry_K = engine.memory.retry_s_per_byte / 2 * memory.reallocated
-    forward_K = rows.add(prepared.forward_s) + sent_K + stall_K + retry_K
-    backward_K = rows.add(prepared.backward_s) + sent_K + stall_K + retry_K
-    pipeline_s = pipeline_time(members.schedule, forward_K, backward_K, rows.spread(rows.ranks_KM), v, m)
+    turn = turns(prepared, rows, members, in_flight(rows, members))
+    memory, forward_K, backward_K = turn.memory, turn.forward_K, turn.backward_K
+    pipeline_s = pipeline_time(
+        members.schedule, forward_K, backward_K, turn.weights_K, rows.spread(rows.ranks_KM), v, m
+    )
     slowest = (forward_K + backward_K).argmax(axis=0)
 
     at_slowest = rows.at(slowest)
     time = {cause: m * at_slowest(columns) for cause, columns in prepared.causes.items()}
-    time["exposed_pp"] = 2 * m * message
+    time["exposed_pp"] = 2 * m * turn.message
     if engine.crossing.stall_s:
-        time["stall"] = 2 * m * pick(stall_K, slowest)
+        time["stall"] = 2 * m * pick(turn.stall_K, slowest)
     if engine.memory.retry_s_per_byte:
-        time["reallocation"] = 2 * m * pick(retry_K, slowest)
+        time["reallocation"] = 2 * m * pick(turn.retry_K, slowest)
     busy_s = in_order(time)
     time["bubble"] = np.maximum(pipeline_s - busy_s, 0.0)  # the maximum is for rounding only
     bubble_fraction = time["bubble"] / pipeline_s
-    end, end_s = _step_end(prepared, rows, forward_K, backward_K, v)
+    end, end_s = _step_end(prepared, rows, turn, v, members.schedule)
+    updates = m if members.schedule == "PipeDream" else 1  # one after each microbatch
+    end, end_s = {cause: updates * seconds for cause, seconds in end.items()}, updates * end_s
     for cause, seconds in end.items():
         time[cause] = time.get(cause, 0.0) + seconds
     spent_s = busy_s + time["bubble"] + end_s
@@ -255,34 +295,60 @@ def _num_neighbours(rows: Rows) -> Any:
     return neighbours * (rows.ranks_KM > 0)
 
 
-def _step_end(
-    prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any, num_virtual: Any
-) -> tuple[dict[str, Any], Any]:
-    """Seconds after the last backward of the first rank, by cause and in all, of the rank that ends last: reduction,
-    update, gathering of parameters. The ranks behind the first have ended their backwards before it."""
+@dataclass(frozen=True)
+class EndTransfer:
+    """A transfer of gradients (beside the last backward) or new parameters (beside the next forward), of one degree:
+    seconds that computation does not hide and that it does."""
+
+    root: str
+    is_gradient: bool
+    exposed_K: Any
+    hidden_K: Any
+
+
+def end_transfers(prepared: Prepared, rows: Rows, forward_K: Any, backward_K: Any) -> Iterator[EndTransfer]:
+    """What moves once a step. What one transfer has taken of the time beside it is not there for another: else faster
+    computation could make a step slower."""
     priced = prepared.priced
-    machine, bytes_ = priced.machine, state_bytes(priced.machine.engine, priced.workload)
     windows = {"step_gradient": backward_K, "step_parameter": forward_K}
-    exposed: dict[str, Any] = {}
-    # What one transfer has taken of that time is not there for another: else faster computation could make a step
-    # slower.
     for name_of, axes, columns in prepared.moves:
         took = rows.add(columns)
         for axis, share in attributed(axes, priced.degrees).items():
             root = root_axis(axis)
-            behind = exposed_behind(took, rows.column(machine.exposed.get(root, 1.0)), windows[name_of])
-            exposed[f"exposed_{root}"] = exposed.get(f"exposed_{root}", 0.0) + rows.column(share) * behind
+            behind = exposed_behind(took, rows.column(priced.machine.exposed.get(root, 1.0)), windows[name_of])
+            ours = rows.column(share)
+            yield EndTransfer(root, name_of == "step_gradient", ours * behind, ours * (took - behind))
         windows[name_of] = np.maximum(windows[name_of] - took, 0.0)
+
+
+def tied_exchanges(prepared: Prepared, rows: Rows) -> Iterator[tuple[tuple[str, str], Any, Any]]:
+    """Pairs of blocks with a tied parameter, the kinds of rank that hold one of them alone, and the seconds in which
+    both exchange their gradients, to go on with the sum."""
+    priced = prepared.priced
+    gradient = state_bytes(priced.machine.engine, priced.workload).gradient
     for one, other in priced.graph.tied:
-        # Both ends of a tied pair exchange their gradients and go on with the sum.
-        size = parameter_numel(priced, other) * bytes_.gradient
-        took = machine.exposed.get("pp", 1.0) * _point_to_point(priced, size)
-        apart = rows.holds_one(one.split("/")[0], other.split("/")[0])
-        exposed["exposed_pp"] = exposed.get("exposed_pp", 0.0) + apart * rows.column(took)
+        took = _point_to_point(priced, parameter_numel(priced, other) * gradient)
+        owners = (one.split("/")[0], other.split("/")[0])
+        yield owners, rows.holds_one(*owners), rows.column(priced.machine.exposed.get("pp", 1.0) * took)
+
+
+def _step_end(
+    prepared: Prepared, rows: Rows, turn: Turns, num_virtual: Any, schedule: str
+) -> tuple[dict[str, Any], Any]:
+    """Seconds after the last backward of the first rank, by cause and in all, of the rank that ends last: reduction,
+    update, gathering of parameters. The ranks behind the first have ended their backwards before it; without a flush
+    there is no such head start."""
+    forward_K, backward_K = turn.forward_K, turn.backward_K
+    exposed: dict[str, Any] = {}
+    for move in end_transfers(prepared, rows, forward_K, backward_K):
+        exposed[f"exposed_{move.root}"] = exposed.get(f"exposed_{move.root}", 0.0) + move.exposed_K
+    for _, apart, took in tied_exchanges(prepared, rows):
+        exposed["exposed_pp"] = exposed.get("exposed_pp", 0.0) + apart * took
     exposed["optimizer"] = rows.add(prepared.update_s)
     # Padding has no backward to be the shortest.
     shortest_s = (backward_K + np.where(rows.spread(rows.ranks_KM > 0), 0.0, np.inf)).min(axis=0) / num_virtual
     total, first_K = in_order(exposed), rows.spread(rows.first_KM)
+    shortest_s = shortest_s * (not SCHEDULES[schedule].is_asynchronous)
     last = (total - first_K * shortest_s).argmax(axis=0)
     ends_s, ahead = pick(total, last), pick(first_K, last) * shortest_s
     # What is hidden is taken off each cause in proportion.

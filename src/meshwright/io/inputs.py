@@ -12,7 +12,9 @@ from meshwright.cluster import Cluster, preset_cluster
 from meshwright.engine import Engine, load_engine
 from meshwright.errors import InputError, Problem
 from meshwright.graph import Block, Graph, Operator, operator_flops
+from meshwright.schedule import Table, checked, compute_parts, read_table
 from meshwright.strategy import (
+    CUSTOM,
     Shorthand,
     Strategy,
     legal_strategy,
@@ -119,15 +121,65 @@ def read_strategy(text: str, graph: Graph, num_devices: int, workload: Workload)
     return named_strategy(parse_strategy(text), graph, num_devices, workload)
 
 
-def parse_strategy(text: str) -> Shorthand | Strategy:
-    """What a shorthand, a strategy file or a plan file says, legal or not."""
+@dataclass(frozen=True)
+class TabledShorthand:
+    """A shorthand whose schedule is a table of one's own, read from a file."""
+
+    shorthand: Shorthand
+    table: Table
+    file: str
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that the degrees ask for."""
+        return self.shorthand.num_devices
+
+
+Given = Shorthand | Strategy | TabledShorthand
+
+
+def parse_strategy(text: str) -> Given:
+    """What a shorthand, a strategy file or a plan file says, legal or not; in a shorthand the schedule may be a table
+    (`schedule=FILE.csv`, PyTorch's format)."""
+    parts = text.split(",")
+    tables = [part.partition("=")[2].strip() for part in parts if is_schedule_file(part)]
+    if len(tables) == 1:
+        table = read_schedule(tables[0])
+        rest = ",".join(part for part in parts if not is_schedule_file(part))
+        shorthand = parse_shorthand(rest or "tp=1")
+        return TabledShorthand(shorthand, table, tables[0])
     return read_strategy_file(text) if looks_like_file(text) else parse_shorthand(text)
 
 
+def is_schedule_file(part: str) -> bool:
+    """Whether a part of a shorthand, or the name of a schedule, means a file.
+
+    >>> is_schedule_file("schedule=mine.csv"), is_schedule_file("mine.csv"), is_schedule_file("schedule=1F1B")
+    (True, True, False)
+    """
+    key, equals, value = part.strip().rpartition("=")
+    return value.endswith(".csv") and (not equals or key.strip() == "schedule")
+
+
+def read_schedule(path: str) -> Table:
+    """The compute actions of a table in a file (PyTorch's CSV; - is stdin), checked: messages are ours to derive."""
+    from meshwright.io import native
+
+    where = "stdin" if path == "-" else path
+    try:
+        text = native.content_of(path).decode()
+    except UnicodeDecodeError:
+        raise InputError([Problem(where, "", "is no text; a table of actions in PyTorch's CSV is expected")]) from None
+    table = checked(read_table(text, where), file=where)
+    return tuple(tuple(action for action in row if compute_parts(action)) for row in table)
+
+
 def named_strategy(
-    given: Shorthand | Strategy, graph: Graph, num_devices: int, workload: Workload, *, folds_experts: bool = False
+    given: Given, graph: Graph, num_devices: int, workload: Workload, *, folds_experts: bool = False
 ) -> NamedStrategy:
     """A legal strategy; names every rule that it breaks. `folds_experts`: see `engine.Defaults`."""
+    if isinstance(given, TabledShorthand):
+        return NamedStrategy(_tabled(given, graph, num_devices, workload), None)
     if isinstance(given, Shorthand):
         given = with_folded_experts(given) if folds_experts else given
         return NamedStrategy(legal_strategy(given, graph, num_devices, workload), str(given))
@@ -136,6 +188,28 @@ def named_strategy(
         raise InputError(problems)
     found = shorthand_of(given, graph)
     return NamedStrategy(given, str(found) if found else None)
+
+
+def _tabled(given: TabledShorthand, graph: Graph, num_devices: int, workload: Workload) -> Strategy:
+    """The strategy of a shorthand with a table: stages lie where the table runs them."""
+    held = [{part.stage for action in row for part in compute_parts(action)} for row in given.table]
+    ranks = {stage: rank for rank, stages in enumerate(held) for stage in stages}
+    if len(given.table) != given.shorthand.pp:
+        rule = f"has {len(given.table)} ranks, and pp={given.shorthand.pp}"
+        raise InputError([Problem("schedule", given.file, rule, f"pp={len(given.table)}")])
+    if len(ranks) % len(given.table):
+        rule = f"has {len(ranks)} stages on {len(given.table)} ranks; every rank has the same number"
+        raise InputError([Problem("schedule", given.file, rule)])
+    vpp = len(ranks) // len(given.table)
+    # LoopedBFS has no rule of its own, so that what is found wrong here is wrong with the rest of the shorthand.
+    stand_in = replace(given.shorthand, schedule="LoopedBFS", vpp=vpp)
+    strategy = legal_strategy(stand_in, graph, num_devices, workload)
+    stages = tuple(replace(stage, pipeline_rank=ranks[index]) for index, stage in enumerate(strategy.stages))
+    rows = tuple(",".join(map(str, row)) for row in given.table)
+    strategy = replace(strategy, schedule=CUSTOM, stages=stages, table=rows)
+    if problems := strategy_problems(strategy, graph, num_devices, workload):
+        raise InputError(problems)
+    return strategy
 
 
 def read_strategy_file(text: str) -> Strategy:

@@ -33,6 +33,7 @@ from meshwright.engine import Engine, engine_problems
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Graph, graph_problems
 from meshwright.plan import Plan
+from meshwright.profile import Profile, profile_problems
 from meshwright.registry import Registry
 from meshwright.results import Estimate, Measurement
 from meshwright.strategy import Strategy
@@ -99,6 +100,7 @@ register(Noun("engine", 2, Engine, engine_problems, {1: _engine_2}))
 register(Noun("estimate", 1, Estimate))
 register(Noun("measurement", 1, Measurement))
 register(Noun("plan", 1, Plan))
+register(Noun("profile", 1, Profile, profile_problems))
 
 
 # --- records to text ------------------------------------------------------------------------------------------------
@@ -121,7 +123,16 @@ def fingerprint(record: Any) -> str:
 
 def write(record: Any, path: str | Path) -> None:
     """Write `record` to `path` whole or not at all; `-` is stdout."""
-    content = dumps(record).encode()
+    write_text(dumps(record), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Write a file whole or not at all; `-` is stdout. Raises `InputError` where it cannot be written."""
+    write_bytes(text.encode(), path)
+
+
+def write_bytes(content: bytes, path: str | Path) -> None:
+    """Like `write_text`."""
     if str(path) == "-":
         sys.stdout.flush()
         sys.stdout.buffer.write(content)
@@ -130,7 +141,7 @@ def write(record: Any, path: str | Path) -> None:
     try:
         _write_atomically(content, os.path.realpath(path))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError([Problem(str(path), "", f"cannot be written: {_reason(error)}")]) from error
+        raise InputError([Problem(str(path), "", f"cannot be written: {reason_of(error)}")]) from error
 
 
 def _write_atomically(content: bytes, path: str) -> None:
@@ -203,7 +214,7 @@ def read_json_object(path: str | Path, what: str) -> Json:
     Refused: files that are missing, unreadable, larger than 64 MiB, not UTF-8, not one JSON object, nested more than
     100 deep, and those with duplicate keys or with numbers that JSON or a float does not know.
     """
-    return parse_json_object(_content(path), what, _where(path))
+    return parse_json_object(content_of(path), what, _where(path))
 
 
 def parse_json_object(text: str | bytes, what: str, where: str) -> Json:
@@ -220,7 +231,7 @@ def parse_json_object(text: str | bytes, what: str, where: str) -> Json:
         seen: Json = {}
         for key, value in pairs:
             if key in seen:
-                problems.append(Problem(where, "", f"the key {_repr(key)} stands twice in one object"))
+                problems.append(Problem(where, "", f"the key {shown(key)} stands twice in one object"))
             seen[key] = value
         return seen
 
@@ -241,14 +252,14 @@ def parse_json_object(text: str | bytes, what: str, where: str) -> Json:
     if too_deep:
         raise InputError([Problem(where, "", f"is nested more than {MAX_DEPTH} levels deep")])
     if not isinstance(data, dict):
-        problems.append(Problem(where, _repr(data), f"{what} holds one JSON object"))
+        problems.append(Problem(where, shown(data), f"{what} holds one JSON object"))
     if re.search(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]", decoded):
         problems.extend(_lone_surrogates(data, where))
-    _refuse(problems, where)
+    refuse(problems, where)
     return typing.cast(Json, data)
 
 
-def _content(path: str | Path) -> bytes:
+def content_of(path: str | Path) -> bytes:
     """At most `MAX_FILE_BYTES` of a file; read by that limit also where the size is unknown before (pipes)."""
     where = _where(path)
     try:
@@ -261,11 +272,11 @@ def _content(path: str | Path) -> bytes:
                     raise InputError([Problem(where, "", f"has {format_bytes(size)}; {_SIZE_RULE}")])
                 content = file.read(MAX_FILE_BYTES + 1)
     except FileNotFoundError as error:
-        raise InputError([Problem(where, "", "there is no such file", _nearest_file(Path(path)))]) from error
+        raise InputError([Problem(where, "", "there is no such file", nearest_file(Path(path)))]) from error
     except IsADirectoryError as error:
         raise InputError([Problem(where, "", "is a folder; a file is expected")]) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError([Problem(where, "", f"cannot be read: {_reason(error)}")]) from error
+        raise InputError([Problem(where, "", f"cannot be read: {reason_of(error)}")]) from error
     if len(content) > MAX_FILE_BYTES:
         raise InputError([Problem(where, "", f"is longer than allowed; {_SIZE_RULE}")])
     return content
@@ -274,7 +285,7 @@ def _content(path: str | Path) -> bytes:
 _SIZE_RULE = f"{format_bytes(MAX_FILE_BYTES)} is the most that is read"
 
 
-def _nearest_file(path: Path) -> str | None:
+def nearest_file(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir() or not os.access(folder, os.R_OK):
         return None
@@ -313,7 +324,7 @@ def _deeper_than(data: Any, limit: int) -> bool:
 def _lone_surrogates(data: Any, where: str) -> list[Problem]:
     """Half characters: JSON can spell them, UTF-8 cannot hold them."""
     return [
-        Problem(_place(where, path), _repr(leaf), "a lone surrogate is not a character")
+        Problem(_place(where, path), shown(leaf), "a lone surrogate is not a character")
         for path, leaf in _leaves(data)
         if any(isinstance(text, str) and re.search(r"[\ud800-\udfff]", text) for text in (*path, leaf))
     ]
@@ -336,7 +347,7 @@ def from_object(data: Json, expected: str, where: str) -> Any:
         content = _upgraded(content, noun, older, where)
     record = _validated(noun, content, where)
     if noun.check:
-        _refuse([_within(problem, where) for problem in noun.check(record)], where)
+        refuse([within(problem, where) for problem in noun.check(record)], where)
     return record
 
 
@@ -348,10 +359,10 @@ def _version(data: Json, noun: Noun, where: str) -> int:
     match = re.fullmatch(r"([a-z][a-z0-9_-]*)/([1-9][0-9]{0,5})", value) if isinstance(value, str) else None
     if match is None or match[1] != noun.name:
         of = f"this is {_article(match[1])} file; " if match and match[1] in NOUNS else ""
-        raise InputError([Problem(place, _repr(value), f"{of}{_article(noun.name)} is expected", repr(noun.schema))])
+        raise InputError([Problem(place, shown(value), f"{of}{_article(noun.name)} is expected", repr(noun.schema))])
     if int(match[2]) > noun.version:
         rule = f"written by a newer Meshwright; this one reads up to {noun.schema!r}: update it"
-        raise InputError([Problem(place, _repr(value), rule)])
+        raise InputError([Problem(place, shown(value), rule)])
     return int(match[2])
 
 
@@ -359,7 +370,7 @@ def _upgraded(content: Json, noun: Noun, older: int, where: str) -> Json:
     try:
         return noun.upgrades[older](content)
     except InputError as error:
-        raise _refusal([_within(problem, where) for problem in error.problems], where) from error
+        raise _refusal([within(problem, where) for problem in error.problems], where) from error
     except Exception as error:  # an upgrade reads unchecked content: whatever it trips over is the file's fault
         reason = f"{type(error).__name__}: {_shorten(str(error))}"
         raise InputError([Problem(where, "", f"is not a valid {noun.name}/{older} file ({reason})")]) from error
@@ -408,15 +419,15 @@ def _validated(noun: Noun, content: Json, where: str) -> Any:
     except ValidationError as error:
         raise _refusal(_translated(error.errors(include_url=False), noun.record, content, where), where) from error
     except InputError as error:  # raised by a record's own __post_init__
-        raise _refusal([_within(problem, where) for problem in error.problems], where) from error
+        raise _refusal([within(problem, where) for problem in error.problems], where) from error
     if re.search(r"[0-9]{19}", text):
-        _refuse(_too_large_integers(record, where), where)
+        refuse(_too_large_integers(record, where), where)
     return record
 
 
 def _too_large_integers(record: Any, where: str) -> list[Problem]:
     return [
-        Problem(_place(where, path), _repr(leaf), "an integer of at most 2^63 - 1 in magnitude is expected")
+        Problem(_place(where, path), shown(leaf), "an integer of at most 2^63 - 1 in magnitude is expected")
         for path, leaf in _leaves(_plain(record))
         if isinstance(leaf, int) and abs(leaf) > MAX_INT
     ]
@@ -506,13 +517,13 @@ def _problem(path: KeyPath, faults: Sequence[_Fault], record: type, where: str) 
     if error["type"] == "unexpected_keyword_argument":
         known = _field_names(record, path[:-1])
         rule = f"unknown key; known: {', '.join(known)}"
-        return Problem(place, _repr(value), rule, nearest_name(str(path[-1]), known))
+        return Problem(place, shown(value), rule, nearest_name(str(path[-1]), known))
     expected = list(dict.fromkeys(phrase for fault in faults for phrase in _expected(fault.error)))
     own_words = error["msg"].removeprefix("Value error, ")  # of a ValueError in a __post_init__, and of rarer rules
     rule = f"{' or '.join(expected)} is expected" if expected else own_words
     choices = [phrase[1:-1] for phrase in expected if phrase.startswith("'")]
     near = nearest_name(value, choices) if isinstance(value, str) else None
-    return Problem(place, _repr(value), rule, repr(near) if near else None)
+    return Problem(place, shown(value), rule, repr(near) if near else None)
 
 
 def _expected(error: ErrorDetails) -> list[str]:
@@ -546,12 +557,12 @@ def _where(path: str | Path) -> str:
 def _place(where: str, path: KeyPath) -> str:
     """File and key path: `file.json: groups[0].count`."""
     text = "".join(
-        f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w-]{1,60}", key) else f"[{_repr(key)}]" for key in path
+        f".{key}" if isinstance(key, str) and re.fullmatch(r"[\w-]{1,60}", key) else f"[{shown(key)}]" for key in path
     )
     return f"{where}: {text.removeprefix('.')}" if path else where
 
 
-def _within(problem: Problem, where: str) -> Problem:
+def within(problem: Problem, where: str) -> Problem:
     place = f"{where}: {problem.where}" if problem.where else where
     return Problem(place, problem.value, problem.rule, problem.nearest)
 
@@ -562,7 +573,7 @@ def _refusal(problems: list[Problem], where: str) -> InputError:
     return InputError(problems[:MAX_PROBLEMS] + rest)
 
 
-def _refuse(problems: list[Problem], where: str) -> None:
+def refuse(problems: list[Problem], where: str) -> None:
     if problems:
         raise _refusal(problems, where)
 
@@ -571,7 +582,7 @@ def _article(noun: str) -> str:
     return f"{'an' if noun[:1] in tuple('aeiou') else 'a'} {noun}"
 
 
-def _reason(error: OSError | ValueError) -> str:
+def reason_of(error: OSError | ValueError) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -582,4 +593,4 @@ def _shorten(text: str) -> str:
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 _SHORT.maxlevel = 2
-_repr = _SHORT.repr
+shown = _SHORT.repr

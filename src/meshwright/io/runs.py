@@ -9,16 +9,10 @@ from typing import Any
 from meshwright.errors import InputError, Problem
 from meshwright.graph import Graph
 from meshwright.io import native
-from meshwright.io.inputs import (
-    NamedStrategy,
-    looks_like_file,
-    make_workload,
-    read_strategy,
-    read_strategy_file,
-)
+from meshwright.io.inputs import NamedStrategy, looks_like_file, make_workload, named_strategy, parse_strategy
 from meshwright.io.models import load_model
 from meshwright.plan import Plan
-from meshwright.strategy import parse_shorthand, strategy_problems
+from meshwright.strategy import strategy_problems
 from meshwright.workload import Workload
 
 
@@ -90,11 +84,8 @@ def _from_model(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
     assert request.seq_len is not None
     workload = make_workload(request.global_batch, request.seq_len, request.dtype or "float32", "--dtype")
     graph = load_model(request.plan_or_model)
-    if looks_like_file(request.strategy):
-        num_devices = request.nproc or read_strategy_file(request.strategy).num_devices
-    else:
-        num_devices = request.nproc or parse_shorthand(request.strategy).num_devices
-    return graph, read_strategy(request.strategy, graph, num_devices, workload), workload
+    given = parse_strategy(request.strategy)
+    return graph, named_strategy(given, graph, request.nproc or given.num_devices, workload), workload
 
 
 def _check_processes(nproc: int, num_devices: int) -> None:

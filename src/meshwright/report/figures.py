@@ -10,6 +10,7 @@ from typing import Any
 
 from meshwright.bench.validate import Compared
 from meshwright.errors import InputError, Problem
+from meshwright.sim.conditions import Curve
 from meshwright.units import format_seconds
 
 #: Colours of Okabe and Ito, told apart by all eyes; marks repeat them with another symbol.
@@ -58,10 +59,54 @@ def validation_figure(rows: Sequence[Compared], path: str) -> None:
         template="simple_white",
         margin={"l": 60, "r": 20, "t": 60, "b": 60},
     )
+    _write(figure, path, "--figure")
+
+
+def straggler_figure(curves: Sequence[Curve], path: str, *, command: str = "") -> None:
+    """How much longer a step takes with one straggler: a line for each place; written to an HTML file."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for index, curve in enumerate(curves):
+        longer = [100 * (time_s / curve.step_times_s[0] - 1) for time_s in curve.step_times_s]
+        figure.add_trace(
+            go.Scatter(
+                x=curve.factors,
+                y=longer,
+                name=escape(curve.label),
+                mode="lines+markers",
+                line={"color": COLOURS[index % len(COLOURS)]},
+                marker={"symbol": SYMBOLS[index % len(SYMBOLS)], "size": 8},
+                hovertemplate="%{x} times as long: the step takes %{y:.1f} % more<extra></extra>",
+            )
+        )
+    figure.update_layout(
+        title="What one straggler costs",
+        xaxis={"title": "the straggler takes so many times as long", "gridcolor": "#e5e5e5"},
+        yaxis={"title": "the step takes longer by, %", "gridcolor": "#e5e5e5", "rangemode": "tozero"},
+        legend={"yanchor": "top", "y": 0.99, "xanchor": "left", "x": 0.01},
+        template="simple_white",
+        margin={"l": 60, "r": 20, "t": 60, "b": 130},
+        annotations=[
+            {
+                "text": escape(f"reproduce with {command}") if command else "",
+                "xref": "paper",
+                "yref": "paper",
+                "x": 0,
+                "y": -0.3,
+                "showarrow": False,
+                "font": {"size": 11, "color": "#666666"},
+            }
+        ],
+    )
+    _write(figure, path, "--stragglers")
+
+
+def _write(figure: Any, path: str, option: str) -> None:
     try:
         figure.write_html(Path(path), include_plotlyjs=True, full_html=True, default_height="95vh")
     except OSError as error:
-        raise InputError([Problem("--figure", path, f"cannot be written: {error.strerror}")]) from None
+        raise InputError([Problem(option, path, f"cannot be written: {error.strerror}")]) from None
 
 
 def _band(times_s: Sequence[float]) -> list[Any]:

@@ -6,7 +6,7 @@ stands alone: every bar has its name and number beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,24 +15,23 @@ from rich.text import Text
 from rich.tree import Tree
 
 from meshwright.cost.explain import Explanation, Leaf
+from meshwright.report.palette import KIND_COLOURS
 from meshwright.results import Check, Estimate, Measurement
-from meshwright.schedule import ActionKind, Timeline, actions, replay
+from meshwright.schedule import SCHEDULES, Action, ActionKind, Timeline, actions, compute_parts, replay
 from meshwright.search.method import Found
+from meshwright.sim.program import KIND_OF_ACTION, Kind
 from meshwright.strategy import Shorthand
 from meshwright.units import format_bytes, format_count, format_seconds
 
-#: One palette for what a device does.
+#: Colours of ledger entries, by their first word, and of actions, by their letter.
 PALETTE = {
-    "compute": "green",
+    "compute": KIND_COLOURS[Kind.FORWARD].terminal,
     "recompute": "dark_green",
-    "exposed": "magenta",
-    "bubble": "bright_black",
+    "exposed": KIND_COLOURS[Kind.COMMUNICATION].terminal,
+    "bubble": KIND_COLOURS[Kind.IDLE].terminal,
     "launch": "yellow",
-    "optimizer": "cyan",
-    "F": "green",
-    "B": "blue",
-    "I": "blue",
-    "W": "cyan",
+    "optimizer": KIND_COLOURS[Kind.OPTIMIZER].terminal,
+    **{action.value: KIND_COLOURS[kind].terminal for action, kind in KIND_OF_ACTION.items()},
 }
 
 BAR_WIDTH = 28
@@ -48,7 +47,8 @@ def shorthand_text(shorthand: str) -> str:
     return ",".join(part for part in shorthand.split(",") if part not in defaults) or "one device"
 
 
-def _plain_table(*columns: tuple[str, str]) -> Table:
+def plain_table(*columns: tuple[str, str]) -> Table:
+    """A table without frame, of columns by heading and alignment."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for name, justify in columns:
         table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], tied: Sequence[
     """The best strategies, one a row; more than one virtual stage means the interleaved schedule. Those that are `tied`
     with the first are marked."""
     numbers = ["step", "MFU", "memory", *(["bubble", "exposed"] if width >= WIDE_ENOUGH else [])]
-    table = _plain_table(("#", "right"), ("strategy", "left"), *((name, "right") for name in numbers))
+    table = plain_table(("#", "right"), ("strategy", "left"), *((name, "right") for name in numbers))
     for column in table.columns[2:]:
         column.no_wrap = True
     for place, ((shorthand, estimate), is_tied) in enumerate(zip(entries, tied, strict=True), 1):
@@ -84,7 +84,7 @@ def ranking_table(entries: Sequence[tuple[Shorthand, Estimate]], tied: Sequence[
 def chosen_table(entries: Sequence[Found]) -> Table:
     """The best members of a space that chooses more than a shorthand says: by samples/s, priced as they choose."""
     numbers = [(name, "right") for name in ("samples/s", "step", "memory")]
-    table = _plain_table(("#", "right"), ("strategy", "left"), ("chosen besides", "left"), *numbers)
+    table = plain_table(("#", "right"), ("strategy", "left"), ("chosen besides", "left"), *numbers)
     for column in table.columns[3:]:
         column.no_wrap = True
     for place, found in enumerate(entries, 1):
@@ -118,7 +118,7 @@ def ledger(title: str, entries: Mapping[str, float], total: float, unit: str, ca
     """A ledger as bars, largest first; entries sum to the total."""
     show = format_seconds if unit == "s" else format_bytes
     scale = capacity or total
-    table = _plain_table((title, "left"), ("", "right"), ("", "right"), ("", "left"))
+    table = plain_table((title, "left"), ("", "right"), ("", "right"), ("", "left"))
     table.show_header = True
     for name, value in sorted(entries.items(), key=lambda item: -item[1]):
         if value > 0:
@@ -205,7 +205,7 @@ def _leaf_text(leaf: Leaf) -> Text:
 
 def placement_table(explanation: Explanation) -> Table:
     """Where every tensor of every block lies, as chips: S(dim) sharded, P a partial sum; axes not named replicate."""
-    table = _plain_table(("block", "left"), ("tensor", "left"), ("placement", "left"), ("local shape", "left"))
+    table = plain_table(("block", "left"), ("tensor", "left"), ("placement", "left"), ("local shape", "left"))
     previous = ""
     for item in explanation.placements:
         chips = "  ".join(
@@ -219,7 +219,7 @@ def placement_table(explanation: Explanation) -> Table:
 
 def comparison_table(names: tuple[str, str], one: Estimate, other: Estimate) -> Table:
     """Where two estimates part, entry by entry."""
-    table = _plain_table(("", "left"), (names[0], "right"), (names[1], "right"), ("difference", "right"))
+    table = plain_table(("", "left"), (names[0], "right"), (names[1], "right"), ("difference", "right"))
     for entries, others, show in ((one.time, other.time, format_seconds), (one.memory, other.memory, format_bytes)):
         for name in dict.fromkeys((*entries, *others)):
             left, right = entries.get(name, 0.0), others.get(name, 0.0)
@@ -241,22 +241,22 @@ MAX_RANKS_DRAWN = 16
 
 
 def pipeline_view(schedule: str, num_ranks: int, num_virtual: int, num_microbatches: int, width: int) -> RenderableType:
-    """The schedule drawn with a forward of 1 and a backward of 2; long ones are drawn for fewer microbatches."""
-    if num_ranks == 1 or num_ranks > MAX_RANKS_DRAWN:
+    """A named schedule drawn with a forward of 1 and a backward of 2; long ones are drawn for fewer microbatches."""
+    if num_ranks == 1 or num_ranks > MAX_RANKS_DRAWN or schedule not in SCHEDULES:
         return Text("")
-    drawn = min(num_microbatches, max(num_ranks * (2 if num_virtual > 1 else 1), 4))
-    if schedule == "Interleaved1F1B" and drawn < num_microbatches:
-        drawn = min(num_microbatches, 2 * num_ranks)
-    timeline = replay(
-        actions(schedule, num_ranks, num_virtual, drawn),
-        lambda action: 1.0 if action.kind is ActionKind.F else 2.0,
-        num_ranks * num_virtual,
-    )
+    enough = num_ranks * (2 if num_virtual > 1 else 1)  # a multiple of the ranks suits every schedule
+    drawn = min(num_microbatches, max(enough, 4)) if num_virtual == 1 else min(num_microbatches, enough)
+    timeline = replay(actions(schedule, num_ranks, num_virtual, drawn), unit_time, num_ranks * num_virtual)
     note = f"{schedule}, {num_ranks} ranks x {num_virtual} stages"
     note += f", the first {drawn} of {num_microbatches} microbatches" if drawn < num_microbatches else ""
     return Group(
         Text(f"{note} (digits: microbatch; forward 1, backward 2)", style="dim"), timeline_text(timeline, width)
     )
+
+
+def unit_time(action: Action) -> float:
+    """A forward takes 1, a backward 2, each half of a split one 1."""
+    return 2.0 if action.kind is ActionKind.B else 1.0
 
 
 def timeline_text(timeline: Timeline, width: int) -> Text:
@@ -266,16 +266,27 @@ def timeline_text(timeline: Timeline, width: int) -> Text:
     text = Text()
     for rank, row in enumerate(timeline.actions):
         text.append(f"rank {rank:<3} ", style="dim")
-        spans = list(zip(row, timeline.start_s[rank], timeline.end_s[rank], strict=True))
+        spans = [
+            span
+            for action, start_s, end_s in zip(row, timeline.start_s[rank], timeline.end_s[rank], strict=True)
+            for span in side_by_side(compute_parts(action), start_s, end_s)
+        ]
         for cell in range(cells):
             middle = (cell + 0.5) * step
             found = next((action for action, start, end in spans if start <= middle < end), None)
             if found is None:
                 text.append("·", style=PALETTE["bubble"])
             else:
-                text.append(str(found.microbatch % 10), style=f"black on {PALETTE[found.kind.value]}")
+                text.append(str((found.microbatch or 0) % 10), style=f"black on {PALETTE[found.kind.value]}")
         text.append("\n")
     return text
+
+
+def side_by_side(parts: Sequence[Action], start_s: float, end_s: float) -> Iterator[tuple[Action, float, float]]:
+    """The parts of an action with a share each of its time: overlapped ones are drawn one after the other."""
+    width_s = (end_s - start_s) / max(len(parts), 1)
+    for index, part in enumerate(parts):
+        yield part, start_s + index * width_s, start_s + (index + 1) * width_s
 
 
 # --- runs ----------------------------------------------------------------------------------------------------------
@@ -285,7 +296,7 @@ def measurement_view(measurement: Measurement, predicted: Estimate | None) -> Gr
     """Losses, and what was measured beside what was predicted."""
     losses = ", ".join(f"{loss:.6f}" for loss in measurement.losses)
     parts: list[RenderableType] = [Text.assemble(("losses ", "dim"), losses)]
-    table = _plain_table(("", "left"), ("measured", "right"), ("predicted", "right"), ("predicted / measured", "right"))
+    table = plain_table(("", "left"), ("measured", "right"), ("predicted", "right"), ("predicted / measured", "right"))
     rows: Iterable[tuple[str, float, float | None, str]] = (
         ("step time", measurement.step_time_s, predicted.step_time_s if predicted else None, "s"),
         (

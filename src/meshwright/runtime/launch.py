@@ -13,6 +13,7 @@ from meshwright.graph import Graph
 from meshwright.results import Check, Measurement
 from meshwright.runtime.data import check_tokens
 from meshwright.runtime.ranks import Order, RunError, carry_out_orders
+from meshwright.runtime.record import from_first_start
 from meshwright.runtime.refuse import run_problems
 from meshwright.runtime.train import GradientDifference, Job, RankReport, RankWork
 from meshwright.strategy import Shorthand, Strategy, expand
@@ -39,14 +40,16 @@ def run(
     check: bool = False,
     tokens: str | None = None,
     timeout_s: float = 120.0,
+    record: bool = False,
 ) -> Measurement:
     """Run `steps` steps of a strategy on as many local processes as it has devices.
 
     Weights and data depend on seed, graph, batch and sequence alone, or the data on the file `tokens`. With `check` one
     more process runs the same on one device, and every loss and gradient is compared. `timeout_s` is how long a rank
-    waits for another. Raises `InputError` for what cannot be run, `RunError` where a run dies.
+    waits for another. With `record` the measurement has a timeline of the last step. Raises `InputError` for what
+    cannot be run, `RunError` where a run dies.
     """
-    job = Job(graph, strategy, workload, steps, seed, check, tokens, timeout_s)
+    job = Job(graph, strategy, workload, steps, seed, check, tokens, timeout_s, record)
     return run_many([job])[0]
 
 
@@ -94,7 +97,7 @@ def job_problems(job: Job) -> list[Problem]:
 
 def _reference(job: Job) -> Job:
     """The same on one device, one sequence at a time."""
-    return replace(job, strategy=expand(Shorthand(), job.graph), check=False)
+    return replace(job, strategy=expand(Shorthand(), job.graph), check=False, record=False)
 
 
 def _losses(reports: Iterable[RankReport]) -> tuple[float, ...]:
@@ -112,6 +115,8 @@ def _measurement(job: Job, reports: Sequence[RankReport], expected: tuple[float,
         peak_memory_bytes=max(memory),
         rank_memory_bytes=memory,
         check=None if expected is None else _check(job, reports, losses, expected),
+        # Of the first replica there is one report per pipeline rank, and ranks ascend with the pipeline's.
+        timeline=from_first_start([report.ran for report in reports if report.ran]),
     )
 
 

@@ -7,7 +7,7 @@ instance of a block with the parameters it borrows from the training state; a `S
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from meshwright.graph import Block, Graph, Role
 from meshwright.runtime.collectives import Move, carry_out, route
 from meshwright.runtime.kernels import Local, kernel_groups, run_kernel
+from meshwright.runtime.later import Later, Place, can_wait, multiply_later
 from meshwright.runtime.mesh import Mesh
 from meshwright.runtime.state import Parameters
 from meshwright.sharding import BlockLayout, OperatorLayout, Placements, gradient_placements, wanted_gradient
@@ -34,6 +35,12 @@ class Call:
     layout: OperatorLayout
     local: Local
     slots: tuple[Slot | None, ...]
+
+    @cached_property
+    def weight(self) -> int | None:
+        """Which operand is a weight whose gradient can wait."""
+        weights = [index for index, slot in enumerate(self.slots) if slot is None]
+        return weights[0] if len(weights) == 1 and can_wait(self.local.operator) else None
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,7 @@ class BlockModule(nn.Module):
         """`entry` is the placement in which the block before hands over, where it is another than this block's own."""
         super().__init__()
         self.plan, self.parameters_of_block = plan, parameters
+        self.later: Later | None = None
         self.entry = [
             Move(
                 tensor=name,
@@ -161,7 +169,13 @@ class BlockModule(nn.Module):
 
     def _run(self, inputs: Mapping[str, Tensor], keep: Sequence[str], *boundary: Tensor) -> tuple[Tensor, ...]:
         plan = self.plan
-        values: Values = dict(self.parameters_of_block.use())
+        values: Values = {}
+        places: Mapping[str, Place] = {}
+        if self.later is None:
+            values |= self.parameters_of_block.use()
+        else:
+            parameters, places = self.parameters_of_block.use_later(self.later)
+            values |= parameters
         values |= zip(plan.block.inputs, boundary, strict=True)
         values |= {name: self._own_piece(name, inputs[name]) for name in self._inputs_needed()}
         copies: Copies = {}
@@ -170,7 +184,7 @@ class BlockModule(nn.Module):
                 self._recompute(calls, values, copies)
             else:
                 for call in calls:
-                    self._call(call, values, copies)
+                    self._call(call, values, copies, places)
         results = [self._operand("", slot, values, copies) for slot in plan.exits] or [_known(values["loss"])]
         return (*results, *(_known(values[name]) for name in keep))
 
@@ -191,11 +205,15 @@ class BlockModule(nn.Module):
             copies[index] = move(_known(values[move.tensor]), self.plan.sizes, self.plan.mesh)
         return copies[index][copy]
 
-    def _call(self, call: Call, values: Values, copies: Copies) -> None:
+    def _call(self, call: Call, values: Values, copies: Copies, places: Mapping[str, Place]) -> None:
         operator = call.layout.operator
         slots = zip(operator.inputs, call.slots, strict=True)
         operands = [self._operand(name, slot, values, copies) for name, slot in slots]
-        values |= zip(operator.outputs, run_kernel(call.local, *operands), strict=True)
+        if places and call.weight is not None:
+            place = places[operator.inputs[call.weight]]
+            values[operator.outputs[0]] = multiply_later(operator, place, call.weight, *operands)
+        else:
+            values |= zip(operator.outputs, run_kernel(call.local, *operands), strict=True)
 
     def _recompute(self, calls: Sequence[Call], values: Values, copies: Copies) -> None:
         """Run a group of operators that keeps its operands alone; redistributions of those stay outside of it."""
@@ -231,11 +249,19 @@ def _known(value: Tensor | None) -> Tensor:
 
 
 class StageModule(nn.Module):
-    """A run of blocks: the first stage takes the tokens, the last returns the losses of its tokens."""
+    """A run of blocks: the first stage takes the tokens, the last returns the losses of its tokens.
 
-    def __init__(self, blocks: Iterable[BlockModule], input_names: Sequence[str], is_first: bool) -> None:
+    With `splits_backward`, a backward leaves the gradients of weights in `later`.
+    """
+
+    def __init__(
+        self, blocks: Sequence[BlockModule], input_names: Sequence[str], is_first: bool, splits_backward: bool = False
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+        self.later = Later() if splits_backward else None
+        for block in blocks:
+            block.later = self.later
         self.input_names, self.is_first = tuple(input_names), is_first
 
     def forward(self, *boundary: Tensor, **inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

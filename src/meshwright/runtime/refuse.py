@@ -8,16 +8,19 @@ from collections.abc import Iterator
 from meshwright.errors import Problem
 from meshwright.graph import Graph, Role
 from meshwright.runtime.kernels import ACTIVATIONS, KERNELS, ROTARY_SCALINGS
-from meshwright.runtime.pipeline import is_dealt_in_order
 from meshwright.runtime.train import DTYPES
-from meshwright.strategy import Strategy, strategy_problems
+from meshwright.schedule import SCHEDULES, compute_parts
+from meshwright.strategy import CUSTOM, Strategy, strategy_problems, strategy_table
 from meshwright.workload import Workload, workload_problems
 
 #: More processes than this on one machine are taken for a slip of the finger.
 MAX_PROCESSES = 64
 
-#: The others are predicted only.
-SCHEDULES_RUN = ("GPipe", "1F1B", "Interleaved1F1B")
+#: The schedules that can be run: those that end a step with a gradient of all its microbatches and nothing under way.
+SCHEDULES_RUN = (
+    *(name for name, schedule in SCHEDULES.items() if schedule.has_backward and not schedule.is_asynchronous),
+    CUSTOM,
+)
 
 
 def run_problems(graph: Graph, strategy: Strategy, workload: Workload) -> list[Problem]:
@@ -31,7 +34,7 @@ def run_problems(graph: Graph, strategy: Strategy, workload: Workload) -> list[P
     if workload.precision not in DTYPES and not problems:
         problems.append(Problem("precision", workload.precision, f"runs on CPU: {', '.join(DTYPES)}", "bfloat16"))
     problems += dict.fromkeys(_graph_problems(graph))
-    return problems or list(_strategy_problems(graph, strategy))
+    return problems or list(_strategy_problems(graph, strategy, workload))
 
 
 def _graph_problems(graph: Graph) -> Iterator[Problem]:
@@ -53,13 +56,20 @@ def _graph_problems(graph: Graph) -> Iterator[Problem]:
                 yield Problem(where, function, f"activations that can be run: {', '.join(ACTIVATIONS)}")
 
 
-def _strategy_problems(graph: Graph, strategy: Strategy) -> Iterator[Problem]:
+def _schedule_problems(strategy: Strategy, num_microbatches: int) -> Iterator[Problem]:
     if strategy.schedule not in SCHEDULES_RUN:
-        yield Problem("schedule", strategy.schedule, f"schedules that can be run: {', '.join(SCHEDULES_RUN)}", "1F1B")
-    if strategy.virtual_stages > 1 and not is_dealt_in_order(strategy):
-        ranks = [stage.pipeline_rank for stage in strategy.stages]
-        rule = "with several stages a rank, stage i lies on pipeline rank i modulo their number"
-        yield Problem("stages", str(ranks), rule)
+        rule = f"is predicted only; schedules that can be run: {', '.join(SCHEDULES_RUN)}"
+        yield Problem("schedule", strategy.schedule, rule, "1F1B")
+        return
+    table = strategy_table(strategy, num_microbatches)
+    extra = [str(action) for row in table for action in row if not compute_parts(action)]
+    if extra:
+        rule = "is not run from a table: messages and state follow from the computations"
+        yield Problem("table", ", ".join(extra[:4]), rule, "the table without it")
+
+
+def _strategy_problems(graph: Graph, strategy: Strategy, workload: Workload) -> Iterator[Problem]:
+    yield from _schedule_problems(strategy, strategy.num_microbatches(workload))
     if strategy.state.parameter > strategy.state.gradient or strategy.state.gradient > strategy.state.optimizer:
         rule = "what rests sharded is updated sharded: parameter needs gradient, gradient needs optimizer"
         yield Problem("state", str(strategy.state), rule)

@@ -4,7 +4,8 @@ The parameters of a block whose gradients are sums over the same axes form one f
 talks once and not once per tensor. Where state is sharded, each rank of the state axes has an equal piece of that run:
 
 - at rest: the whole run or a piece of it (ZeRO 3), gathered at each use, and once more in the backward;
-- the gradient: accumulated whole, or reduced to the piece at the end of each microbatch's backward (ZeRO 2 and 3);
+- the gradient: accumulated whole, or reduced to the piece at the end of each microbatch's backward (ZeRO 2 and 3), of
+  its weight gradients where the schedule puts those off;
 - the update: once a step the gradient is brought to where the optimizer's state lies, and the new parameter back.
 
 Which collectives these are is derived, not written here: HSDP, ZeRO over data and context, norms whose gradient is also
@@ -15,9 +16,10 @@ wrong with some schedules; `tests/test_runtime_fsdp2.py` takes it as a judge ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meshwright.runtime.collectives import Route, all_reduce, carry_out, route
+from meshwright.runtime.later import Landing, Later, Place
 from meshwright.runtime.mesh import Mesh
 from meshwright.sharding import FLAT, Placements, StatePlacement, state_layout
 
@@ -132,6 +135,7 @@ class _Gathered:
     """A run gathered for one use of a block; the backward gathers it again, and keeps it until it has its gradient."""
 
     group: FlatGroup
+    landing: Landing | None = None
     again: Tensor | None = None
 
     def strided(self, size: torch.Size, stride: tuple[int, ...], offset: int) -> Tensor:
@@ -150,14 +154,33 @@ class _Use(torch.autograd.Function):
         return gathered.group.views(whole)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor, None, None]:
-        group: FlatGroup = ctx.gathered.group
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, None, None]:
+        group, landing = ctx.gathered.group, ctx.gathered.landing
         ctx.gathered.again = None
-        run = group.leaf.new_zeros(group.sizes[FLAT])
-        for view, gradient in zip(group.views(run), gradients, strict=True):
-            if gradient is not None:
-                view.copy_(gradient)
-        return carry_out(run, (FLAT,), group.sizes, group.routes.each_backward, group.mesh), None, None
+        if landing is None:
+            return _resting_gradient(group, gradients), None, None
+        landing.later.works.append(partial(_land, group, landing, gradients))
+        return None, None, None
+
+
+def _resting_gradient(group: FlatGroup, gradients: Sequence[Tensor | None], landing: Landing | None = None) -> Tensor:
+    """The gradient of one use as the leaf has it, of those at hand and the products that have waited."""
+    run = group.leaf.new_zeros(group.sizes[FLAT])
+    views = group.views(run)
+    for view, gradient in zip(views, gradients, strict=True):
+        if gradient is not None:
+            view.copy_(gradient)
+    if landing is not None:
+        for position, product in landing.products:
+            views[position].add_(product())
+        landing.products.clear()
+    return carry_out(run, (FLAT,), group.sizes, group.routes.each_backward, group.mesh)
+
+
+def _land(group: FlatGroup, landing: Landing, gradients: Sequence[Tensor | None]) -> None:
+    """What autograd does at a leaf."""
+    found = _resting_gradient(group, gradients, landing)
+    group.leaf.grad = found if group.leaf.grad is None else group.leaf.grad.add_(found)
 
 
 @dataclass
@@ -167,16 +190,27 @@ class Parameters:
     names: tuple[tuple[FlatGroup, tuple[str, ...]], ...]
     _in_use: dict[int, _Gathered] = field(default_factory=dict)
 
-    def use(self) -> Mapping[str, Tensor]:
+    def use(self) -> dict[str, Tensor]:
         """The parameters, whole along the state axes; their gradients find their way back."""
+        return self._use(None)[0]
+
+    def use_later(self, later: Later) -> tuple[dict[str, Tensor], dict[str, Place]]:
+        """The same, but gradients find their way back when `later` is run; products leave theirs at the places."""
+        return self._use(later)
+
+    def _use(self, later: Later | None) -> tuple[dict[str, Tensor], dict[str, Place]]:
         found: dict[str, Tensor] = {}
+        places: dict[str, Place] = {}
         for group, names in self.names:
-            whole, gathered = group.gather(), _Gathered(group)
+            landing = None if later is None else Landing(later)
+            whole, gathered = group.gather(), _Gathered(group, landing)
             if group.whole is None:
                 self._in_use[whole.untyped_storage().data_ptr()] = gathered
             views: Views = _Use.apply(group.leaf, gathered, whole)
             found |= dict(zip(names, views, strict=True))
-        return found
+            if landing is not None:
+                places |= {name: (landing, position) for position, name in enumerate(names)}
+        return found, places
 
     @contextmanager
     def gathered_again_in_backward(self) -> Iterator[None]:

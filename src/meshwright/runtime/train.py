@@ -18,17 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meshwright.graph import Graph
+from meshwright.results import Ran
 from meshwright.runtime.collectives import all_reduce, carry_out, route
 from meshwright.runtime.data import Data
 from meshwright.runtime.memory import peak_bytes
 from meshwright.runtime.mesh import Mesh, splitting_axes
 from meshwright.runtime.modules import BlockModule, BlockPlan, StageModule, input_names, plan_block
-from meshwright.runtime.pipeline import Shape, Walk, walk_alone, walk_together
+from meshwright.runtime.pipeline import Shape, Walk, splits_backward, walk_alone, walk_together
+from meshwright.runtime.record import Recorder, in_rows_words
 from meshwright.runtime.state import FlatGroup, Member, Parameters, Tie, TrainingState, state_routes
 from meshwright.runtime.weights import ParameterInstance, Source, drawn, local_piece, parameter_instances
-from meshwright.schedule import Table, actions
+from meshwright.schedule import Action, Table
 from meshwright.sharding import BlockLayout, Placements, Shard
-from meshwright.strategy import Recompute, Strategy
+from meshwright.strategy import Recompute, Strategy, strategy_table
 from meshwright.workload import Workload
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,6 +50,7 @@ class Job:
     check: bool = False
     tokens: str | None = None
     timeout_s: float = 120.0
+    record: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,15 @@ class GradientDifference:
 
 @dataclass(frozen=True)
 class RankReport:
-    """What one rank saw. Losses are where the last stage is, gradient differences at one rank per stage."""
+    """What one rank saw. Losses are where the last stage is; gradient differences and the actions of the last step, by
+    the machine's clock, at one rank per stage."""
 
     rank: int
     losses: tuple[float, ...]
     step_times_s: tuple[float, ...]
     peak_memory_bytes: int
     differences: tuple[GradientDifference, ...]
+    ran: tuple[Ran, ...] = ()
 
 
 # --- building -------------------------------------------------------------------------------------------------------
@@ -90,6 +95,16 @@ class Layouts:
     def num_microbatches(self) -> int:
         """Microbatches of a step."""
         return self.strategy.num_microbatches(self.job.workload)
+
+    @cached_property
+    def table(self) -> Table:
+        """The actions of every pipeline rank."""
+        return strategy_table(self.strategy, self.num_microbatches)
+
+    @property
+    def row(self) -> tuple[Action, ...]:
+        """The actions of this rank."""
+        return self.table[self.mesh.coordinates.get(PIPELINE, 0)]
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -235,30 +250,27 @@ def build_stages(layouts: Layouts, parameters: Mapping[int, Parameters]) -> dict
         own = tuple(layouts.by_block[name].made[tensor] for tensor in graph.block[name].inputs)
         return BlockModule(layouts.plans[name], parameters[position], None if entry == own else entry)
 
-    names = input_names(graph, graph.sequence[0])
+    names, split = input_names(graph, graph.sequence[0]), splits_backward(layouts.table)
     return {
-        index: StageModule([block_module(position) for position in positions], names, index == 0)
+        index: StageModule([block_module(position) for position in positions], names, index == 0, split)
         for index, positions in layouts.stages.items()
     }
 
 
-def build_walk(layouts: Layouts, stages: Mapping[int, StageModule], dtype: torch.dtype) -> Walk:
+def build_walk(
+    layouts: Layouts, stages: Mapping[int, StageModule], dtype: torch.dtype, recorder: Recorder | None = None
+) -> Walk:
     """How this rank runs all microbatches of a step."""
-    num_tokens, strategy = layouts.job.workload.tokens, layouts.strategy
+    num_tokens = layouts.job.workload.tokens
 
     def loss_of(losses: Tensor) -> Tensor:
         return losses.to(torch.float64).sum() / num_tokens
 
-    if strategy.pipeline_size == 1:
-        (row,) = _rows(strategy, layouts.num_microbatches)
-        return walk_alone(stages, row, layouts.num_microbatches, loss_of)
+    if layouts.strategy.pipeline_size == 1:
+        return walk_alone(stages, layouts.row, layouts.num_microbatches, loss_of, recorder)
     boundaries = {index: _boundary_shapes(layouts, index, dtype) for index in stages}
     group = layouts.mesh.group((PIPELINE,))
-    return walk_together(stages, boundaries, strategy, layouts.num_microbatches, loss_of, group)
-
-
-def _rows(strategy: Strategy, num_microbatches: int) -> Table:
-    return actions(strategy.schedule, strategy.pipeline_size, strategy.virtual_stages, num_microbatches)
+    return walk_together(stages, boundaries, layouts.table, layouts.num_microbatches, loss_of, group, recorder)
 
 
 def _boundary_shapes(layouts: Layouts, index: int, dtype: torch.dtype) -> tuple[list[Shape], list[Shape]]:
@@ -301,7 +313,8 @@ class Rank:
         self.mesh.form_groups(self.layouts.groups())
         self.state, parameters = build_state(self.layouts, source or drawn(job.seed), dtype)
         self.stages = build_stages(self.layouts, parameters)
-        self.walk = build_walk(self.layouts, self.stages, dtype)
+        self.recorder = Recorder() if job.record else None
+        self.walk = build_walk(self.layouts, self.stages, dtype, self.recorder)
         self.data = Data(job.workload, job.graph.dims["vocab"], job.seed, job.tokens)
 
     @property
@@ -362,6 +375,7 @@ def run_rank(job: Job, rank: int, gradients: Path | None = None, save: bool = Fa
     losses: list[float] = []
     times_s: list[float] = []
     differences: list[GradientDifference] = []
+    ran: tuple[Ran, ...] = ()
     for index in range(job.steps):
         inputs = me.data.inputs(index)
         dist.barrier()
@@ -375,6 +389,8 @@ def run_rank(job: Job, rank: int, gradients: Path | None = None, save: bool = Fa
         resumed_s = time.perf_counter()
         me.state.step()
         times_s.append(reduced_s - start_s + time.perf_counter() - resumed_s)
+        if me.recorder is not None:
+            ran = me.recorder.take()
     inputs = me.data.inputs(job.steps - 1)
 
     def one_more() -> None:
@@ -383,7 +399,8 @@ def run_rank(job: Job, rank: int, gradients: Path | None = None, save: bool = Fa
 
     peak = peak_bytes(one_more)
     dist.barrier()
-    return RankReport(rank, tuple(losses) if me.has_loss else (), tuple(times_s), peak, tuple(differences))
+    row = tuple(in_rows_words(ran, me.layouts.row)) if ran and me.leads_its_stage else ()
+    return RankReport(rank, tuple(losses) if me.has_loss else (), tuple(times_s), peak, tuple(differences), row)
 
 
 def _compare(me: Rank, expected: Mapping[str, Tensor], step: int) -> Iterator[GradientDifference]:

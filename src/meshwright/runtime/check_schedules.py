@@ -1,0 +1,112 @@
+"""Simulated schedules held against real ones: `python -m meshwright.runtime.check_schedules examples/llama-20m`.
+
+Trains a small model (of at least 8 layers) on four processes of this machine under several schedules, records what
+each rank does when, and simulates the same with the times of single operators as this machine takes them (a profile)
+and processes sharing its cores. The order of actions must be the same; how far the idle share is off is told in points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshwright.cluster import preset_cluster
+from meshwright.cost.analytic import Case
+from meshwright.cost.layouts import operators_of
+from meshwright.engine import load_engine
+from meshwright.graph import Graph
+from meshwright.io.models import load_model
+from meshwright.profile import Profile
+from meshwright.runtime.launch import run
+from meshwright.runtime.profile import load_or_measure
+from meshwright.schedule import compute_parts, parse_action
+from meshwright.sim.step import build, simulate_on
+from meshwright.sim.timeline import timeline_of
+from meshwright.strategy import Strategy, legal_strategy, parse_shorthand
+from meshwright.workload import Workload
+
+RANKS = 4
+SCHEDULES = (
+    "schedule=GPipe",
+    "schedule=1F1B",
+    "schedule=Interleaved1F1B,vpp=2",
+    "schedule=LoopedBFS,vpp=2",
+    "schedule=ZB-H1",
+    "schedule=InterleavedZeroBubble,vpp=2",
+    "schedule=ZBVZeroBubble,vpp=2",
+    "schedule=DualPipeV,vpp=2",
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A schedule's idle share as simulated and as measured in each repeat, and whether actions came in one order."""
+
+    schedule: str
+    same_order: bool
+    simulated: float
+    measured: tuple[float, ...]
+
+    @property
+    def points_off(self) -> float:
+        """Simulated less the median of measured, in percentage points."""
+        return 100 * (self.simulated - statistics.median(self.measured))
+
+
+def check_schedule(
+    graph: Graph, strategy: Strategy, workload: Workload, profile: Profile, *, steps: int, repeats: int
+) -> Checked:
+    """Run and simulate one schedule."""
+    case = Case(graph, preset_cluster(f"local-cpux{RANKS}"), strategy, workload, load_engine("meshwright"))
+    found = simulate_on(build(case, profile=profile), num_cores=len(os.sched_getaffinity(0)))
+    expected = timeline_of(found)
+    runs = [run(graph, strategy, workload, steps=steps, record=True) for _ in range(repeats)]
+    orders = [
+        [[part for ran in row for part in compute_parts(parse_action(ran.action))] for row in measured.timeline]
+        for measured in runs
+    ]
+    wanted = [list(row) for row in expected.actions]
+    return Checked(
+        schedule=strategy.schedule,
+        same_order=all(order == wanted for order in orders),
+        simulated=expected.bubble_fraction,
+        measured=tuple(measured.bubble_fraction or 0.0 for measured in runs),
+    )
+
+
+def main() -> int:
+    """Check every schedule and print a table; 1 where an order differs."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", help="preset, config.json, or its folder")
+    parser.add_argument("--profile", default="profile.json", help="times of operators, measured where missing")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    asked = parser.parse_args()
+    graph, workload = load_model(asked.model), Workload(2 * asked.microbatches, asked.seq_len, "float32")
+    texts = [f"pp={RANKS},mbs=2,{schedule}" for schedule in SCHEDULES]
+    strategies = [legal_strategy(parse_shorthand(text), graph, RANKS, workload) for text in texts]
+    engine = load_engine("meshwright")
+    keys = [key for strategy in strategies for key in operators_of(graph, strategy, workload, engine)]
+    profile = load_or_measure(Path(asked.profile), list(dict.fromkeys(keys)), len(os.sched_getaffinity(0)))
+    print(f"{'schedule':24}{'same order':>12}{'simulated':>11}{'measured':>10}{'points off':>12}")
+    good = True
+    for strategy in strategies:
+        found = check_schedule(graph, strategy, workload, profile, steps=asked.steps, repeats=asked.repeats)
+        measured = statistics.median(found.measured)
+        print(
+            f"{found.schedule:24}{'yes' if found.same_order else 'NO':>12}{found.simulated:11.1%}{measured:10.1%}"
+            f"{found.points_off:+12.1f}",
+            flush=True,
+        )
+        good &= found.same_order
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The evaluators by name: everything that turns a strategy into an estimate without running it.
+
+`analytic` is the closed form of `cost`, `simulated` runs the step's tasks; both take measured times of single operators
+(a profile) in place of the model's. Where no closed form is known of a schedule, only `simulated` answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from meshwright.cost.analytic import Case, estimate_case
+from meshwright.cost.pipeline import CLOSED_FORMS
+from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.profile import Profile
+from meshwright.results import Estimate
+from meshwright.sim.step import simulate
+
+Evaluator = Callable[[Case, Profile | None], Estimate]
+
+
+def _simulated(case: Case, profile: Profile | None) -> Estimate:
+    return simulate(case, profile=profile).estimate
+
+
+EVALUATORS: dict[str, Evaluator] = {"analytic": estimate_case, "simulated": _simulated}
+
+
+def evaluator_name(name: str | None, schedule: str) -> str:
+    """The evaluator of that name or, where none is asked for, the quickest that knows the schedule.
+
+    >>> evaluator_name(None, "1F1B"), evaluator_name(None, "ZBVZeroBubble")
+    ('analytic', 'simulated')
+    """
+    if name is None:
+        return "analytic" if schedule in CLOSED_FORMS else "simulated"
+    if name == "analytic" and schedule not in CLOSED_FORMS:
+        rule = f"no closed form of schedule {schedule} is known; of these: {', '.join(CLOSED_FORMS)}"
+        raise InputError([Problem("--evaluator", name, rule, "simulated")])
+    return name
+
+
+def check_evaluator(name: str | None) -> None:
+    """Raise `InputError` where there is no such evaluator."""
+    if name is not None and name not in EVALUATORS:
+        known = list(EVALUATORS)
+        raise InputError([Problem("--evaluator", name, f"known: {', '.join(known)}", nearest_name(name, known))])
+
+
+def evaluate(case: Case, name: str | None = None, profile: Profile | None = None) -> Estimate:
+    """Predict one step of a legal strategy."""
+    return EVALUATORS[evaluator_name(name, case.strategy.schedule)](case, profile)

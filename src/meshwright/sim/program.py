@@ -1,0 +1,265 @@
+"""What each pipeline rank does in a step: the schedule's actions, spelled out as tasks in order.
+
+A rank's program is a list of tasks in the order in which the rank comes to them. A task is *chained* (what comes after
+it waits for it) or *beside* (it starts where the chain stands and nothing waits for it but its own stream); its stream
+is the device's computation, the communication of one degree, or messages to the next or the previous stage. That is all
+that dependencies inside a rank amount to; between ranks there are messages, and the exchange of tied gradients.
+
+The times are those of `cost`: computation with what the host adds, of each transfer the share that the engine exposes
+as a chained task, and what it hides beside the computation. So a program is as well calibrated as the closed forms,
+and what the simulator adds is when things happen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from meshwright.cost.block import by_root, price_transfer
+from meshwright.cost.layouts import PricedLayouts, state_bytes
+from meshwright.cost.passes import Pass, block_passes, state_moves
+from meshwright.schedule import Action, ActionKind
+from meshwright.sharding import Phase
+from meshwright.strategy import Recompute
+
+
+class Detail(StrEnum):
+    """What a task is: all of a stage's work on a microbatch, that of one block, or one operator."""
+
+    STAGE = "stage"
+    BLOCK = "block"
+    OPERATOR = "operator"
+
+
+class Kind(StrEnum):
+    """What a device does for a while; the values are the words of legends."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    INPUT_GRADIENT = "input gradient"
+    WEIGHT_GRADIENT = "weight gradient"
+    COMMUNICATION = "communication"
+    OPTIMIZER = "optimizer"
+    IDLE = "idle"
+
+
+#: What an action of a schedule is. OVERLAP_F_B is not here: it is several, each what it is.
+KIND_OF_ACTION = {
+    ActionKind.F: Kind.FORWARD,
+    ActionKind.B: Kind.BACKWARD,
+    ActionKind.I: Kind.INPUT_GRADIENT,
+    ActionKind.W: Kind.WEIGHT_GRADIENT,
+    ActionKind.SEND_F: Kind.COMMUNICATION,
+    ActionKind.RECV_F: Kind.COMMUNICATION,
+    ActionKind.SEND_B: Kind.COMMUNICATION,
+    ActionKind.RECV_B: Kind.COMMUNICATION,
+    ActionKind.UNSHARD: Kind.COMMUNICATION,
+    ActionKind.RESHARD: Kind.COMMUNICATION,
+    ActionKind.REDUCE_GRAD: Kind.COMMUNICATION,
+}
+
+COMPUTE_ACTIONS = (ActionKind.F, ActionKind.I, ActionKind.W, ActionKind.B)
+
+#: The stream of a device's computation; the others are degrees, and messages to a pipeline rank.
+COMPUTE = "compute"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a program: `seconds` on `stream`; `root` is the degree whose group takes part in a collective."""
+
+    stream: str
+    seconds: float
+    name: str
+    kind: Kind
+    chained: bool = True
+    root: str = ""
+
+
+def hidden(root: str, seconds: float, name: str) -> Task:
+    """What computation hides of a degree's transfers: in a stream of its own, so that it keeps nothing waiting."""
+    return Task(f"{root} behind", seconds, name, Kind.COMMUNICATION, chained=False, root=root)
+
+
+#: Tasks in order, with the action that they belong to (None: what a step needs besides).
+Piece = tuple[Action | None, Sequence[Task]]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The task at `position` of a program starts once the task at `of_position` of rank `of_rank`'s has ended."""
+
+    position: int
+    of_rank: int
+    of_position: int
+
+
+@dataclass
+class Program:
+    """What a rank does: runs of tasks, and which of them wait for other ranks; `marks` are the positions at which an
+    asynchronous schedule has updated the weights, `last_chained` that of the last task which others wait for."""
+
+    pieces: list[Piece] = field(default_factory=list)
+    waits: list[Wait] = field(default_factory=list)
+    marks: list[int] = field(default_factory=list)
+    length: int = 0
+    last_chained: int = -1
+
+    def add(self, action: Action | None, tasks: Sequence[Task]) -> int:
+        """Append a run of tasks; gives the position of its first."""
+        start = self.length
+        self.pieces.append((action, tasks))
+        self.length += len(tasks)
+        chained = [index for index, task in enumerate(tasks) if task.chained]
+        self.last_chained = start + chained[-1] if chained else self.last_chained
+        return start
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockTasks:
+    """The tasks of one block, for each kind of action."""
+
+    by_kind: Mapping[ActionKind, tuple[Task, ...]]
+
+
+def block_tasks(
+    priced: PricedLayouts, states: Mapping[str, Any], recompute: Mapping[str, Recompute], detail: Detail
+) -> dict[str, BlockTasks]:
+    """The tasks of every block of a model of one layout (columns of length one)."""
+    found = {}
+    for name, block in priced.blocks.items():
+        forward, backward = block_passes(priced, block, states[name], recompute[name])
+        make = _operator_tasks if detail is Detail.OPERATOR else _whole_block
+        found[name] = BlockTasks(
+            {
+                kind: tuple(make(priced, name, states[name], recompute[name], kind, forward, backward))
+                for kind in COMPUTE_ACTIONS
+            }
+        )
+    return found
+
+
+def _whole_block(
+    priced: PricedLayouts,
+    name: str,
+    state: Any,
+    recompute: Recompute,
+    kind: ActionKind,
+    forward: Pass,
+    backward: Pass,
+) -> Iterator[Task]:
+    """A block as one task of computation, then what its transfers expose; beside it what they hide."""
+    own = KIND_OF_ACTION[kind]
+    if kind is ActionKind.W:
+        yield Task(COMPUTE, number(backward.weights), name, own)
+        return
+    of = forward if kind is ActionKind.F else backward
+    compute_s = number(of.compute) + number(of.recompute) + number(of.skew) + number(of.launch)
+    compute_s -= number(backward.weights) if kind is ActionKind.I else 0.0
+    took = _took(priced, name, state, recompute, kind)
+    for root, seconds in took.items():
+        hidden_s = min(seconds - number(of.exposed.get(root, 0.0)), compute_s)
+        if hidden_s > 0:
+            yield hidden(root, hidden_s, f"{name} {root}")
+    yield Task(COMPUTE, compute_s, name, own)
+    for root in sorted(of.exposed):
+        if number(of.exposed[root]) > 0:
+            yield Task(root, number(of.exposed[root]), f"{name} {root}", Kind.COMMUNICATION, root=root)
+
+
+def _took(priced: PricedLayouts, name: str, state: Any, recompute: Recompute, kind: ActionKind) -> dict[str, float]:
+    """Seconds of all transfers of a block's pass, by degree."""
+    bytes_ = state_bytes(priced.machine.engine, priced.workload)
+    block = priced.blocks[name]
+    gathers = state_moves(priced, state.each_use, bytes_.parameter)
+    scatters = state_moves(priced, state.each_backward, bytes_.gradient)
+    if kind is ActionKind.F:
+        moves = [block.forward, gathers]
+    else:
+        moves = [block.backward, gathers, scatters, *([block.forward] if recompute is Recompute.FULL else [])]
+    total: dict[str, float] = {}
+    for each in moves:
+        for root, seconds in by_root(each.seconds, priced.degrees).items():
+            total[root] = total.get(root, 0.0) + number(seconds)
+    return {root: seconds for root, seconds in sorted(total.items()) if seconds > 0}
+
+
+def _operator_tasks(
+    priced: PricedLayouts,
+    name: str,
+    state: Any,
+    recompute: Recompute,
+    kind: ActionKind,
+    forward: Pass,
+    backward: Pass,
+) -> Iterator[Task]:
+    """A block operator by operator, each after the transfers of what it reads; the tasks of a pass take as long
+    together as the block does."""
+    own, block = KIND_OF_ACTION[kind], priced.blocks[name]
+    if kind is ActionKind.W:
+        weights = [(price.name, number(price.weight_s)) for price in reversed(block.operators)]
+        yield from (Task(COMPUTE, seconds, f"{name}.{each}", own) for each, seconds in weights if seconds > 0)
+        rest_s = number(backward.weights) - sum(seconds for _, seconds in weights)
+        if rest_s > 0:
+            yield Task(COMPUTE, rest_s, f"{name} accumulate", own)
+        return
+    of = forward if kind is ActionKind.F else backward
+    took = _took(priced, name, state, recompute, kind)
+    share = {root: min(number(of.exposed.get(root, 0.0)) / seconds, 1.0) for root, seconds in took.items()}
+    phases = (Phase.FORWARD,) if kind is ActionKind.F else (Phase.BACKWARD, Phase.REGATHER)
+    compute_s = number(of.compute) + number(of.recompute) + number(of.skew) + number(of.launch)
+    compute_s -= number(backward.weights) if kind is ActionKind.I else 0.0
+    for root, seconds in took.items():
+        if (hidden_s := min((1 - share[root]) * seconds, compute_s)) > 0:
+            yield hidden(root, hidden_s, f"{name} {root}")
+    left_s = dict(took)
+    moved = [*_transfers(priced, name, phases)]
+    again = [price for price in block.operators if recompute is not Recompute.NONE and kind is not ActionKind.F]
+    if recompute is Recompute.SELECTIVE:
+        layout = priced.layouts[name]
+        grouped = {item.name for item in layout.block.operators if item.recompute_group}
+        again = [price for price in again if price.name in grouped]
+    spent_s = 0.0
+    for price in again:
+        spent_s += number(price.forward_s)
+        yield Task(COMPUTE, number(price.forward_s), f"{name}.{price.name} again", own)
+    in_order = block.operators if kind is ActionKind.F else tuple(reversed(block.operators))
+    for price in in_order:
+        for operator, root, label, seconds in moved:
+            if operator == price.name and share.get(root, 0.0) > 0:
+                left_s[root] -= seconds
+                yield Task(root, share[root] * seconds, label, Kind.COMMUNICATION, root=root)
+        seconds = number(price.forward_s if kind is ActionKind.F else price.backward_s)
+        seconds -= number(price.weight_s) if kind is ActionKind.I else 0.0
+        spent_s += seconds
+        if seconds > 0:
+            yield Task(COMPUTE, seconds, f"{name}.{price.name}", own)
+    for root, seconds in left_s.items():  # state, and what is handed from block to block
+        if share[root] * seconds > 1e-12 * took[root]:
+            yield Task(root, share[root] * seconds, f"{name} {root}", Kind.COMMUNICATION, root=root)
+    if compute_s - spent_s > 0:
+        yield Task(COMPUTE, compute_s - spent_s, f"{name} launch", own)
+
+
+def _transfers(priced: PricedLayouts, name: str, phases: Sequence[Phase]) -> Iterator[tuple[str, str, str, float]]:
+    """Operator, degree, label and seconds of each transfer of a block."""
+    layout = priced.layouts[name]
+    for transfer in layout.transfers:
+        if transfer.phase in phases:
+            moved = price_transfer(layout, transfer, priced.pricing, priced.machine.levels)
+            for root, seconds in by_root({transfer.step.axes: moved.took.seconds}, priced.degrees).items():
+                if number(seconds) > 0:
+                    label = f"{name}.{transfer.tensor} {transfer.step.collective.value}"
+                    yield transfer.operator, root, label, number(seconds)
+
+
+def number(value: Any) -> float:
+    """A column of length one as a number."""
+    return float(np.ravel(value)[0])
