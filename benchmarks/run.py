@@ -25,12 +25,18 @@ ESTIMATE = ["estimate", "llama-3-70b", "dgx-h100x8", "tp=8,pp=2,dp=4,zero=1,sp=1
             "--seq-len", "8192", "--json"]  # fmt: skip
 PLAN_CALCULON = ["plan", "gpt3-175b", "dgx-a100x128", "--space", "calculon", "--global-batch", "1536",
                  "--seq-len", "2048", "--json"]  # fmt: skip
+SIMULATE_405B = ["simulate", "llama-3.1-405b", "dgx-h100x2048", "tp=8,pp=16,dp=128,zero=1,sp=1", "--global-batch",
+                 "16384", "--seq-len", "8192", "--json"]  # fmt: skip
+SIMULATE_70B = ["simulate", "llama-3-70b", "dgx-h100x128", "tp=8,pp=8,dp=16,zero=1,sp=1", "--global-batch", "512",
+                "--seq-len", "8192", "--detail", "operator", "--unfold", "--json"]  # fmt: skip
 VALIDATE = ["validate", str(Path(__file__).parent.parent / "data" / "measured_runs.csv"), "--json"]
 COMMANDS = {
     "help": ["--help"],
     "estimate": ESTIMATE,
     "plan 405B on 16,384 GPUs": PLAN_405B,
     "plan 175B, Calculon's space": PLAN_CALCULON,
+    "simulate 405B, 16,384 GPUs folded": SIMULATE_405B,
+    "simulate 70B, 1,024 GPUs unfolded": SIMULATE_70B,
     "validate 2,637 runs": VALIDATE,
 }
 
@@ -69,6 +75,10 @@ def measure() -> dict[str, dict[str, float]]:
             "wall_s": statistics.median(run[1] for run in runs),
             "cpu_over_reference": statistics.median(run[0] for run in runs) / unit,
         }
+        if name.startswith("simulate"):
+            results = [json.loads(run[2]) for run in runs]
+            figures[name]["num_tasks"] = results[0]["num_tasks"]
+            figures[name]["tasks_per_cpu_s"] = statistics.median(found["tasks_per_s"] for found in results)
         if name.startswith("plan"):
             results = [json.loads(run[2]) for run in runs]
             figures[name]["num_strategies"] = results[0]["space"]["num_strategies"]
@@ -83,10 +93,12 @@ def main() -> None:
     update = parser.parse_args().update
     figures = measure()
     baseline = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
-    print(f"{'':28}{'CPU s':>8}{'wall s':>8}{'CPU / reference':>17}{'baseline':>10}")
+    print(f"{'':36}{'CPU s':>8}{'wall s':>8}{'CPU / reference':>17}{'baseline':>10}")
     for name, found in figures.items():
         before = baseline.get(name, {}).get("cpu_over_reference", float("nan"))
-        print(f"{name:28}{found['cpu_s']:8.2f}{found['wall_s']:8.2f}{found['cpu_over_reference']:17.2f}{before:10.2f}")
+        print(f"{name:36}{found['cpu_s']:8.2f}{found['wall_s']:8.2f}{found['cpu_over_reference']:17.2f}{before:10.2f}")
+        if "tasks_per_cpu_s" in found:
+            print(f"{'':4}{found['num_tasks']:,.0f} tasks, {found['tasks_per_cpu_s']:,.0f} a CPU-second of simulating")
         if "strategies_per_cpu_s" in found:
             rate = found["strategies_per_cpu_s"]
             print(

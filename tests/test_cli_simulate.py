@@ -250,3 +250,35 @@ def test_files_keep_a_table(tmp_path: Path) -> None:
     write(named.strategy, strategy)
     assert json.loads(strategy.read_text())["schedule"] == "custom"
     assert simulated("--json", strategy=str(strategy)).code == 0
+
+
+# --- beside real runs -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_traced_like_a_simulation(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    table = tmp_path / "mine.csv"
+    table.write_text(table_csv(actions("ZB-H1", 2, 1, 4)))
+    words = ("run", "llama-tiny", f"pp=2,schedule={table}", "--global-batch", 4, "--seq-len", 16, "--steps", 2)
+    outcome = meshwright(*words, "--dtype", "float64", "--check", "--trace", path, "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert outcome.json["check"]["passed"]
+    assert 0 < outcome.json["bubble_fraction"] < 1
+    ran = [[span.args["action"] for span in track.spans] for track in read_trace(path).tracks]
+    assert ran == [[str(action) for action in row] for row in actions("ZB-H1", 2, 1, 4)]
+
+
+def test_operators_are_measured_once_and_feed_both_evaluators(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    asked = ("llama-tiny", "local-cpux1", "tp=1", "--global-batch", 2, "--seq-len", 16, "--precision", "float32")
+    refused = meshwright("estimate", *asked, "--evaluator", "profiled")
+    assert "--evaluator = profiled: keeps what it measures in a file (nearest: --profile profile.json)" in refused.err
+    first = meshwright("estimate", *asked, "--evaluator", "profiled", "--profile", path, "--json").json
+    kept = path.read_bytes()
+    again = meshwright("estimate", *asked, "--evaluator", "profiled", "--profile", path, "--json").json
+    assert (first, kept) == (again, path.read_bytes())
+    assert any("as measured on" in told for told in first["assumptions"])
+    simulated_ = meshwright("estimate", *asked, "--evaluator", "simulated", "--profile", path, "--json").json
+    assert simulated_["time"]["compute"] == pytest.approx(first["time"]["compute"], rel=1e-9)
+    by_formula = meshwright("estimate", *asked, "--json").json
+    assert by_formula["time"]["compute"] != first["time"]["compute"]

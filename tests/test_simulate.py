@@ -16,10 +16,11 @@ from meshwright.errors import InputError
 from meshwright.graph import Graph
 from meshwright.io.models import load_model
 from meshwright.schedule import ActionKind, replay
+from meshwright.sim.build import build
 from meshwright.sim.conditions import Conditions, condition_problems, parse_factors, spread
 from meshwright.sim.evaluators import evaluate, evaluator_name
 from meshwright.sim.program import Detail
-from meshwright.sim.step import Simulation, build, run, simulate
+from meshwright.sim.step import Simulation, run, simulate
 from meshwright.sim.tasks import rank_tasks, task_graph
 from meshwright.sim.timeline import critical_path, idle, memory_over_time, trace_of
 from meshwright.strategy import CUSTOM, BlockRange, Stage, Strategy, expand, parse_shorthand, strategy_problems

@@ -181,6 +181,15 @@ def heading(inputs: Inputs) -> str:
     )
 
 
+def check_trace_name(path: str) -> None:
+    """Raise `InputError` where a trace cannot be written under this name, before the work that ends in it."""
+    from meshwright.errors import InputError
+    from meshwright.io.trace import suffix_problems
+
+    if problems := suffix_problems(path):
+        raise InputError(problems)
+
+
 def command_line() -> str:
     """The command as it was given, for the footers of figures."""
     import shlex

@@ -12,6 +12,7 @@ from meshwright.cli.common import (
     AsJson,
     Inputs,
     app,
+    check_trace_name,
     heading,
     new_console,
     predict,
@@ -44,6 +45,9 @@ def run(
     tokens: Annotated[str, typer.Option(metavar="FILE", help="Train on these token ids (.npy or .bin).")] = "",
     cluster: Annotated[str, typer.Option(help="Predict for this cluster.", show_default="local-cpuxP")] = "",
     check: Annotated[bool, typer.Option("--check", help="Compare with one device, every gradient.")] = False,
+    trace: Annotated[
+        str, typer.Option("--trace", metavar="FILE", help="Write what each rank did when: .pftrace or .json.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Train on PyTorch (Gloo processes of this machine) under a strategy; dropout is off, so that runs compare."""
@@ -51,6 +55,8 @@ def run(
     from meshwright.io.runs import RunRequest, read_run
 
     request = RunRequest(plan_or_model, strategy, nproc, global_batch, seq_len, dtype)
+    if trace:
+        check_trace_name(trace)
     graph, named, workload = read_run(request)
     cluster_text = cluster or f"local-cpux{named.strategy.num_devices}"
     machine = read_cluster(cluster_text)
@@ -58,7 +64,20 @@ def run(
     from meshwright.runtime.launch import run as execute
 
     with progress(f"training on {named.strategy.num_devices} processes", quiet=as_json):
-        measured = execute(graph, named.strategy, workload, steps=steps, seed=seed, check=check, tokens=tokens or None)
+        measured = execute(
+            graph,
+            named.strategy,
+            workload,
+            steps=steps,
+            seed=seed,
+            check=check,
+            tokens=tokens or None,
+            record=bool(trace),
+        )
+    if trace:
+        from meshwright.io.trace import measured_trace, write_trace
+
+        write_trace(measured_trace(graph.name, measured.timeline), trace)
     predicted = predict(inputs, named) if machine.num_devices == named.strategy.num_devices else None
     if as_json:
         print_json("run/1", _run_json(named, measured, predicted))
@@ -76,6 +95,7 @@ def run(
 def _run_json(named: NamedStrategy, measured: Measurement, predicted: Estimate | None) -> dict[str, Any]:
     values = {"shorthand": named.shorthand, **asdict(measured)}
     values["predicted"] = asdict(predicted) if predicted else {}
+    values["bubble_fraction"] = measured.bubble_fraction
     if measured.check:
         values["check"] = {**asdict(measured.check), "passed": measured.check.passed}
     return values

@@ -85,17 +85,15 @@ def _check_evaluator(name: str | None, profile: str) -> None:
 
 
 def _measured(inputs: Inputs, named: NamedStrategy, path: str) -> Profile:
-    """The operators of a strategy, each distinct one measured once on this machine, as many processes at once as it
-    has devices (and this machine has cores)."""
-    import os
-
+    """The operators of a strategy, each distinct one measured once on this machine, in as many processes at once as
+    the strategy has devices."""
     from meshwright.cost.layouts import operators_of
     from meshwright.runtime.profile import load_or_measure
+    from meshwright.runtime.refuse import MAX_PROCESSES
 
     keys = operators_of(inputs.graph, named.strategy, inputs.workload, inputs.engine)
-    at_once = min(named.strategy.num_devices, max(2 * len(os.sched_getaffinity(0)), 2))
     with progress("measuring operators"):
-        return load_or_measure(path, keys, at_once)
+        return load_or_measure(path, keys, min(named.strategy.num_devices, MAX_PROCESSES))
 
 
 def _told_of_profile(inputs: Inputs, named: NamedStrategy, profile: Profile, found: Estimate) -> Estimate:

@@ -23,6 +23,7 @@ from meshwright.cli.common import (
     StrategyText,
     app,
     case_of,
+    check_trace_name,
     command_line,
     fix_of,
     heading,
@@ -37,9 +38,10 @@ from meshwright.cli.common import (
 if TYPE_CHECKING:
     from meshwright.io.inputs import NamedStrategy
     from meshwright.schedule import Table, Timeline
+    from meshwright.sim.build import Built
     from meshwright.sim.conditions import Curve, Spread
     from meshwright.sim.schedule_times import StageTimes
-    from meshwright.sim.step import Built, Simulation
+    from meshwright.sim.step import Simulation
 
 
 # --- simulate --------------------------------------------------------------------------------------------------------
@@ -82,9 +84,10 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Simulate a step task by task: where time goes, who waits for what, the critical path."""
+    from meshwright.sim.build import build
     from meshwright.sim.conditions import Conditions, condition_problems, parse_factors, spread
     from meshwright.sim.program import Detail
-    from meshwright.sim.step import build, run, simulate_on
+    from meshwright.sim.step import run, simulate_on
 
     faults = Faults()
     kind = faults.of(lambda: _detail(detail, list(Detail)))
@@ -94,7 +97,8 @@ def simulate(
     inputs, (named,) = strategy_inputs([strategy], model, cluster, global_batch, seq_len, engine, precision, faults)
     faults.problems += condition_problems(conditions, named.strategy.num_devices)
     measured = faults.of(lambda: read_profile(profile))
-    faults.of(lambda: _check_suffix(trace))
+    if trace:
+        faults.of(lambda: check_trace_name(trace))
     faults.refuse()
     with progress("simulating", quiet=as_json):
         started = time.process_time()
@@ -124,14 +128,6 @@ def _detail(text: str, known: Sequence[str]) -> str:
     if text not in known:
         raise InputError([Problem("--detail", text, f"known: {', '.join(known)}", nearest_name(text, known))])
     return text
-
-
-def _check_suffix(path: str) -> None:
-    from meshwright.errors import InputError
-    from meshwright.io.trace import suffix_problems
-
-    if path and (problems := suffix_problems(path)):
-        raise InputError(problems)
 
 
 def _write_trace(found: Simulation, path: str) -> None:

@@ -36,6 +36,8 @@ from meshwright.io.native import (
     within,
     write_bytes,
 )
+from meshwright.results import Ran
+from meshwright.schedule import compute_parts, parse_action
 from meshwright.units import GiB, format_bytes
 
 #: What a trace file's name may end in; the first is the one to take where nobody asks for another.
@@ -251,6 +253,21 @@ def _text_problems(place: str, texts: Iterable[str]) -> Iterator[Problem]:
             text.encode()
         except UnicodeEncodeError:
             yield Problem(place, shown(text), "a lone surrogate is not a character")
+
+
+def measured_trace(name: str, timeline: Sequence[Sequence[Ran]]) -> Trace:
+    """What the ranks of a recorded run did, a track each."""
+    tracks = []
+    for rank, row in enumerate(timeline):
+        spans = []
+        for ran in row:
+            parts = compute_parts(parse_action(ran.action))
+            args: dict[str, Arg] = {"rank": rank, "action": ran.action}
+            if len(parts) == 1:
+                args |= {"stage": parts[0].stage, "microbatch": parts[0].microbatch or 0}
+            spans.append(Span(ran.action, ran.start_s, ran.end_s, "compute", args))
+        tracks.append(Track("compute", tuple(spans), f"rank {rank}"))
+    return Trace(name, tuple(tracks))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from meshwright.sim.conditions import Spread
 from meshwright.sim.program import KIND_OF_ACTION, Kind
 from meshwright.sim.step import Simulation
 from meshwright.sim.tasks import KINDS
-from meshwright.sim.timeline import critical_path, idle
+from meshwright.sim.timeline import critical_path, idle, timeline_of
 from meshwright.sweep import FloatArray
 from meshwright.units import format_seconds
 
@@ -72,7 +72,7 @@ def schedule_panel(name: str, timeline: Timeline) -> Panel:
         for part, start, end in side_by_side(compute_parts(action), whole_start, whole_end)
     ]
     rows = tuple(f"rank {rank}" for rank in range(len(timeline.actions)))
-    told = f"makespan {timeline.makespan_s:g}, period {timeline.period_s:g}, bubble {timeline.bubble_fraction:.1%}"
+    told = f"period {timeline.period_s:g}, bubble {timeline.bubble_fraction:.1%}"
     return Panel(name, rows, bars, timeline.makespan_s, told)
 
 
@@ -80,18 +80,18 @@ def schedule_panel(name: str, timeline: Timeline) -> Panel:
 
 
 def simulation_panel(simulation: Simulation, title: str) -> Panel:
-    """A simulated step as a picture: computation and exposed communication of one device of each rank."""
+    """A simulated step as a picture: the actions of one device of each rank, and what ends the step."""
     bars = []
+    found = timeline_of(simulation)
     for rank, own in enumerate(simulation.graph.ranks):
+        row, name = zip(found.actions[rank], found.start_s[rank], found.end_s[rank], strict=True), f"rank {rank}"
+        bars += [Bar(name, start, end, KIND_OF_ACTION[each.kind], str(each.microbatch)) for each, start, end in row]
         tasks = simulation.graph.tasks_of(rank)
         starts, ends = simulation.swept.start_N[tasks], simulation.swept.end_N[tasks]
-        for n in np.flatnonzero(own.chained_n & (ends > starts)):
-            action = own.actions[own.action_n[n]] if own.action_n[n] >= 0 else None
-            kind = KINDS[own.kind_n[n]]
-            label = str(action.microbatch) if action is not None and kind is not Kind.COMMUNICATION else ""
-            bars.append(Bar(f"rank {rank}", float(starts[n]), float(ends[n]), kind, label))
+        for n in np.flatnonzero(own.chained_n & (ends > starts) & (own.action_n < 0)):
+            bars.append(Bar(name, float(starts[n]), float(ends[n]), KINDS[own.kind_n[n]]))
     rows = tuple(f"rank {rank}" for rank in range(len(simulation.graph.ranks)))
-    told = f"{format_seconds(simulation.makespan_s)}, bubble {simulation.estimate.bubble_fraction:.1%}"
+    told = f"bubble {simulation.estimate.bubble_fraction:.1%}"
     return Panel(title, rows, bars, simulation.makespan_s, told)
 
 
@@ -118,7 +118,7 @@ def simulated_timeline(simulation: Simulation, width: int) -> Text:
                 text.append("█", style=KIND_COLOURS[KINDS[best]].terminal)
         text.append("\n")
     for kind in KINDS:
-        text.append("█", style=KIND_COLOURS[kind].terminal)
+        text.append("·" if kind is Kind.IDLE else "█", style=KIND_COLOURS[kind].terminal)
         text.append(f" {kind.value}  ", style="dim")
     return text
 

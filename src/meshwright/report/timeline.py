@@ -189,7 +189,7 @@ def _figure(panels: Sequence[Panel], unit: str) -> Any:
         figure.add_trace(_legend_entry(kind))
     figure.update_layout(
         xaxis={
-            "title": {"text": f"time, {unit}", "standoff": 8},
+            "title": {"text": f"time, {unit}" if unit else "time", "standoff": 8},
             "range": [0, whole_s * scale * 1.005],
             "anchor": f"y{len(panels) if len(panels) > 1 else ''}",
             "showgrid": False,
@@ -313,7 +313,7 @@ def _rows(panel: Panel, domain: tuple[float, float], row_px: float) -> dict[str,
 
 def _add_heading(figure: Any, panel: Panel, axis: str, domain: tuple[float, float], scale: float, unit: str) -> None:
     """Title, end and subtitle above a panel, and a line where it ends."""
-    end = format_seconds(panel.end_s) if unit in ("s", "ms", "us") else f"{panel.end_s * scale:.5g} {unit}"
+    end = format_seconds(panel.end_s) if unit in ("s", "ms", "us") else f"{panel.end_s * scale:.5g} {unit}".rstrip()
     notes = ", ".join(filter(None, (f"ends at {end}", panel.subtitle)))
     figure.add_annotation(
         text=f'<b>{escape(panel.title)}</b>   <span style="color:#555">{escape(notes)}</span>',

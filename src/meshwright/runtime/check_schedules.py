@@ -24,7 +24,8 @@ from meshwright.profile import Profile
 from meshwright.runtime.launch import run
 from meshwright.runtime.profile import load_or_measure
 from meshwright.schedule import compute_parts, parse_action
-from meshwright.sim.step import build, simulate_on
+from meshwright.sim.build import build
+from meshwright.sim.step import simulate_on
 from meshwright.sim.timeline import timeline_of
 from meshwright.strategy import Strategy, legal_strategy, parse_shorthand
 from meshwright.workload import Workload
@@ -85,11 +86,11 @@ def main() -> int:
     parser.add_argument("--profile", default="profile.json", help="times of operators, measured where missing")
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
-    graph, workload = load_model(asked.model), Workload(2 * asked.microbatches, asked.seq_len, "float32")
-    texts = [f"pp={RANKS},mbs=2,{schedule}" for schedule in SCHEDULES]
+    graph, workload = load_model(asked.model), Workload(asked.microbatches, asked.seq_len, "float32")
+    texts = [f"pp={RANKS},mbs=1,{schedule}" for schedule in SCHEDULES]
     strategies = [legal_strategy(parse_shorthand(text), graph, RANKS, workload) for text in texts]
     engine = load_engine("meshwright")
     keys = [key for strategy in strategies for key in operators_of(graph, strategy, workload, engine)]

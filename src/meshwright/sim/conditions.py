@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -133,10 +132,15 @@ class Spread:
 
 
 def spread(step_time_of: Callable[[Conditions], float], conditions: Conditions, num_samples: int) -> Spread:
-    """Draw step times; samples differ in their seeds alone, which follow that of the conditions."""
-    times: Any = [step_time_of(replace(conditions, seed=conditions.seed + index)) for index in range(num_samples)]
+    """Draw step times; samples differ in their seeds alone, which follow that of the conditions. Interrupted, it goes
+    by those drawn so far."""
+    times: list[float] = []
+    try:
+        for index in range(num_samples):
+            times.append(step_time_of(replace(conditions, seed=conditions.seed + index)))
+    except KeyboardInterrupt:
+        if not times:
+            raise
     points = (5, 25, 50, 75, 95, 99)
     values = np.percentile(times, points)
-    return Spread(
-        num_samples, dict(zip(points, (float(value) for value in values), strict=True)), float(np.mean(times))
-    )
+    return Spread(len(times), dict(zip(points, map(float, values), strict=True)), float(np.mean(times)))

@@ -22,7 +22,7 @@ from meshwright.search.auto.bounds import Window
 from meshwright.search.auto.pipeline import UNLIMITED, F, IntArray, W, Whole, chain, needs
 
 #: Up to this many actions both threads prove, one of them raising the bound; above, one looks for better schedules.
-PROVE_UP_TO = 300  # [derived] p = 4, two stages a rank, m = 8 with a limit: proofs in half the time of the default
+PROVE_UP_TO = 300  # [derived] p = 4, two stages a rank, m = 8 with a limit: see the numbers
 
 
 @dataclass(frozen=True)
