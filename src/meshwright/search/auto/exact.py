@@ -21,9 +21,6 @@ from ortools.sat.python import cp_model
 from meshwright.search.auto.bounds import Window
 from meshwright.search.auto.pipeline import UNLIMITED, F, IntArray, W, Whole, chain, needs
 
-#: Up to this many actions both threads prove, one of them raising the bound; above, one looks for better schedules.
-PROVE_UP_TO = 300  # [derived] p = 4, two stages a rank, m = 8 with a limit: see the numbers
-
 
 @dataclass(frozen=True)
 class Proof:
@@ -52,8 +49,6 @@ def solve(
     solver.parameters.max_time_in_seconds = time_limit_s
     solver.parameters.num_workers = 2
     solver.parameters.random_seed = seed % 2**31
-    if start_Lm.size <= PROVE_UP_TO:
-        solver.parameters.subsolvers.extend(["objective_lb_search", "default_lp"])
     status = solver.solve(model, _Teller(progress) if progress else None)
     found = status in (cp_model.OPTIMAL, cp_model.FEASIBLE)
     # The solver's bound is whole in a program of whole numbers; it comes as a float.
