@@ -33,8 +33,7 @@ def measure(size: str) -> dict[str, float]:
     from meshwright.io.models import load_model
     from meshwright.sim.build import build
     from meshwright.sim.program import Detail
-    from meshwright.sim.step import run
-    from meshwright.sim.tasks import rank_tasks, task_graph
+    from meshwright.sim.step import graph_of, run
     from meshwright.strategy import legal_strategy, parse_shorthand
     from meshwright.workload import Workload
 
@@ -47,7 +46,7 @@ def measure(size: str) -> dict[str, float]:
         marks = [time.process_time()]
         built = build(case, Detail.OPERATOR)
         marks.append(time.process_time())
-        tasks = task_graph(rank_tasks(built.programs), strategy.mesh, unfold=True)
+        tasks = graph_of(built, unfold=True)
         marks.append(time.process_time())
         run(built, tasks)
         marks.append(time.process_time())

@@ -208,6 +208,7 @@ def test_a_strategy_with_a_table_of_ones_own(tmp_path: Path) -> None:
         (("--detail", "blocks"), "--detail = blocks: known: stage, block, operator (nearest: block)"),
         (("--slow-device", "99=2"), "--slow-device = 99: devices are 0 to 15 (nearest: 15)"),
         (("--slow-link", "x"), "--slow-link = x: each part is device=factor"),
+        (("--shared-links", "--cores", "2"), "--cores = 2: processes share cores, devices links: one of the two"),
         (("--jitter", "nan"), "--jitter = nan: is a sigma from 0 to 2"),
         (("--trace", "x.txt"), "a trace file ends in .pftrace"),
         (("--profile", "none.json"), "none.json: there is no such file"),

@@ -20,8 +20,7 @@ from meshwright.sim.build import build
 from meshwright.sim.conditions import Conditions, condition_problems, parse_factors, spread
 from meshwright.sim.evaluators import evaluate, evaluator_name
 from meshwright.sim.program import Detail
-from meshwright.sim.step import Simulation, run, simulate
-from meshwright.sim.tasks import rank_tasks, task_graph
+from meshwright.sim.step import Simulation, graph_of, run, simulate
 from meshwright.sim.timeline import critical_path, idle, memory_over_time, trace_of
 from meshwright.strategy import CUSTOM, BlockRange, Stage, Strategy, expand, parse_shorthand, strategy_problems
 from meshwright.workload import Workload
@@ -245,7 +244,7 @@ def test_one_slow_device_holds_up_its_group_and_its_pipeline() -> None:
 
 def test_jitter_is_drawn_from_the_seed() -> None:
     one = CASES["1F1B"]
-    graph = task_graph(rank_tasks(build(one).programs), one.strategy.mesh, unfold=True)
+    graph = graph_of(build(one), unfold=True)
     built = build(one)
 
     def step(conditions: Conditions) -> float:
@@ -286,7 +285,7 @@ def test_links_that_nobody_shares_change_nothing_and_shared_ones_cost() -> None:
     times = []
     for each in (one, crowded):
         built = build(each, Detail.BLOCK, shared_links=True)
-        graph = task_graph(rank_tasks(built.programs), each.strategy.mesh, unfold=True)
+        graph = graph_of(built, unfold=True)
         times.append([run(built, graph, shared_links=shared).estimate.step_time_s for shared in (False, True)])
     assert times[0][1] == pytest.approx(times[0][0], rel=1e-3)  # full bisection: hardly any
     assert times[1][0] == times[0][0]  # alone, a transfer does not feel that the core is thin

@@ -84,6 +84,7 @@ def simulate(
     as_json: AsJson = False,
 ) -> None:
     """Simulate a step task by task: where time goes, who waits for what, the critical path."""
+    from meshwright.errors import Problem
     from meshwright.sim.build import build
     from meshwright.sim.conditions import Conditions, condition_problems, parse_factors, spread
     from meshwright.sim.program import Detail
@@ -96,6 +97,8 @@ def simulate(
     conditions = Conditions(slow_devices, slow_links, jitter, seed)
     inputs, (named,) = strategy_inputs([strategy], model, cluster, global_batch, seq_len, engine, precision, faults)
     faults.problems += condition_problems(conditions, named.strategy.num_devices)
+    if shared_links and cores is not None:
+        faults.problems.append(Problem("--cores", str(cores), "processes share cores, devices links: one of the two"))
     measured = faults.of(lambda: read_profile(profile))
     if trace:
         faults.of(lambda: check_trace_name(trace))
@@ -150,10 +153,9 @@ def _study(built: Built, named: NamedStrategy, path: str) -> tuple[Curve, ...]:
     """Step times with a straggler, drawn."""
     from meshwright.report.figures import straggler_figure
     from meshwright.sim.conditions import straggler_study
-    from meshwright.sim.step import run
-    from meshwright.sim.tasks import rank_tasks, task_graph
+    from meshwright.sim.step import graph_of, run
 
-    graph = task_graph(rank_tasks(built.programs), named.strategy.mesh, unfold=True)
+    graph = graph_of(built, unfold=True)
     curves = straggler_study(lambda slow: run(built, graph, slow).estimate.step_time_s, named.strategy)
     straggler_figure(curves, path, command=command_line())
     return curves

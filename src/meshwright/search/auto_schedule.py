@@ -183,13 +183,18 @@ class _Best:
 
 
 def _search(question: _Question, named: Sequence[tuple[str, IntArray]]) -> tuple[_Best, int]:
-    """The best order, and the bound, in units."""
+    """The best order, and the bound, in units. Interrupted, it is the best so far (so does the constraint program)."""
     best = _Best(np.empty(0, dtype=np.int64), orders.NEVER, "none")
     for method, order in named:
         best = best.or_better(question, order, method)
     random = np.random.default_rng(question.seed)
-    best = _list_scheduled(question, best, random)
-    best = _moved(question, best, random)
+    try:
+        best = _list_scheduled(question, best, random)
+        best = _moved(question, best, random)
+    except KeyboardInterrupt:
+        if best.makespan == orders.NEVER:
+            raise
+        return best, question.bound
     return _proven(question, best)
 
 

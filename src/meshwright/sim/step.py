@@ -20,6 +20,7 @@ from meshwright.cost.analytic import Case, estimate_of, evaluation_of, memory_re
 from meshwright.cost.extents import doublings
 from meshwright.cost.passes import in_order, num_nodes
 from meshwright.cost.step import StepColumns
+from meshwright.errors import InputError, Problem
 from meshwright.profile import Profile
 from meshwright.results import Estimate
 from meshwright.schedule import SCHEDULES, Table
@@ -32,6 +33,9 @@ from meshwright.sim.sharing import shared_links as flows_of
 from meshwright.sim.tasks import TaskGraph, rank_tasks, task_graph
 from meshwright.strategy import CUSTOM
 from meshwright.sweep import FloatArray, Swept, circle_of_waits, sweep
+
+#: More tasks than this would need more memory than most machines have, at some 75 bytes each.
+MAX_TASKS = 200_000_000
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,19 @@ def simulate_on(
 ) -> Simulation:
     """Run what was built; every device has tasks of its own where they may differ or share."""
     all_devices = unfold or shared_links or num_cores is not None or not conditions.is_calm
-    graph = task_graph(rank_tasks(built.programs), built.case.strategy.mesh, unfold=all_devices)
+    graph = graph_of(built, unfold=all_devices)
     return run(built, graph, conditions, shared_links=shared_links, num_cores=num_cores)
+
+
+def graph_of(built: Built, *, unfold: bool = False) -> TaskGraph:
+    """The task graph of what was built; raises `InputError` where it would be too large."""
+    ranks, strategy = rank_tasks(built.programs), built.case.strategy
+    per_rank = strategy.num_devices // strategy.pipeline_size if unfold else 1
+    num_tasks = per_rank * sum(rank.num_tasks for rank in ranks)
+    if num_tasks > MAX_TASKS:
+        rule = f"a simulation has at most {MAX_TASKS:,} tasks; coarser ones are fewer"
+        raise InputError([Problem("simulation", f"{num_tasks:,} tasks", rule, "--detail stage")])
+    return task_graph(ranks, strategy.mesh, unfold=unfold)
 
 
 def run(
