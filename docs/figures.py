@@ -43,7 +43,7 @@ def main() -> None:
     for page in (folder / "1f1b-zbv.html", stragglers, growth):
         if browser:
             picture = Path(__file__).with_name(f"{page.stem}.png")
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,560"]
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,520"]
             subprocess.run([browser, *flags, f"--screenshot={picture}", str(page)], check=True, capture_output=True)
         print(page)
 

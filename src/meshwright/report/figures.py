@@ -86,14 +86,17 @@ def straggler_figure(curves: Sequence[Curve], path: str, *, command: str = "") -
         yaxis={"title": "the step takes longer by, %", "gridcolor": "#e5e5e5", "rangemode": "tozero"},
         legend={"yanchor": "top", "y": 0.99, "xanchor": "left", "x": 0.01},
         template="simple_white",
-        margin={"l": 60, "r": 20, "t": 60, "b": 130},
+        margin={"l": 60, "r": 20, "t": 60, "b": 90},
+        height=480,
         annotations=[
             {
                 "text": escape(f"reproduce with {command}") if command else "",
                 "xref": "paper",
                 "yref": "paper",
                 "x": 0,
-                "y": -0.3,
+                "y": 0,
+                "yshift": -65,
+                "yanchor": "top",
                 "showarrow": False,
                 "font": {"size": 11, "color": "#666666"},
             }
@@ -104,7 +107,8 @@ def straggler_figure(curves: Sequence[Curve], path: str, *, command: str = "") -
 
 def _write(figure: Any, path: str, option: str) -> None:
     try:
-        figure.write_html(Path(path), include_plotlyjs=True, full_html=True, default_height="95vh")
+        height = f"{figure.layout.height}px" if figure.layout.height else "95vh"
+        figure.write_html(Path(path), include_plotlyjs=True, full_html=True, default_height=height)
     except OSError as error:
         raise InputError([Problem(option, path, f"cannot be written: {error.strerror}")]) from None
 

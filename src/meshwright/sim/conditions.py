@@ -107,13 +107,13 @@ class Curve:
 
 
 def straggler_study(step_time_of: Callable[[Conditions], float], strategy: Strategy) -> tuple[Curve, ...]:
-    """What one slow device costs, in the first, the middle and the last pipeline rank, and one slow network card."""
+    """What one slow device costs in the first, the middle and the last pipeline rank, and slow transfers in the last."""
     size = strategy.pipeline_size
     ranks = sorted({0, size // 2, size - 1})
     first = {rank: int(devices_of(strategy.mesh, rank)[0]) for rank in ranks}
     asked = [(f"device {first[rank]} (pipeline rank {rank}) computes slowly", first[rank], True) for rank in ranks]
-    middle = first[ranks[len(ranks) // 2]]
-    asked.append((f"transfers of device {middle} take longer", middle, False))
+    last = first[size - 1]
+    asked.append((f"transfers of device {last} take longer", last, False))
     found = []
     for label, device, computes in asked:
         slow = [{device: factor} for factor in STUDIED_FACTORS]
