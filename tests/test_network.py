@@ -374,7 +374,7 @@ def test_links_that_are_none_are_all_named() -> None:
     short = dataclasses.replace(wrong, groups=(DeviceGroup(GPU, 6),), links=(*wrong.links, late))
     assert errors(network_of, short) == [
         "vertices = 5 names: the first 6 vertices are the devices, so there must be at least as many",
-        "vertices = a: is named twice",
+        "vertices[4] = a: is named twice",
         "links[0].target = aa: is not among the vertices (nearest: a)",
         "links[1] = 1: joins a vertex to itself",
         "links[1].bandwidth_Bps = 0.0: must be positive and finite",

@@ -433,6 +433,13 @@ def _level_problems(cluster: Cluster) -> Iterator[Problem]:
         yield Problem(f"levels[{last}].group_size", str(cluster.levels[last].group_size), rule, str(num_devices))
 
 
+def wiring_problems(cluster: Cluster) -> list[Problem]:
+    """What is wrong with the vertices and links of a graph and with their numbers; whether paths join all devices is no
+    part of it."""
+    numbers = [problem for where, quantity in _quantities(cluster) for problem in _quantity_problems(where, quantity)]
+    return [*_vertex_problems(cluster), *_link_problems(cluster), *numbers]
+
+
 def _graph_problems(cluster: Cluster) -> list[Problem]:
     problems = list(_vertex_problems(cluster)) + list(_link_problems(cluster))
     sound = all(link.bandwidth_Bps.value > 0 for link in cluster.links) and cluster.num_devices > 0

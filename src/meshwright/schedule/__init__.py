@@ -29,6 +29,7 @@ References
     Where PyTorch 2.13 has a schedule, the order is that of `torch.distributed.pipelining.schedules`; tests compare.
 """
 
+import meshwright.schedule.zero_bubble  # noqa: F401  (its schedules register themselves)
 from meshwright.schedule.action import (
     Action,
     ActionKind,
@@ -55,11 +56,9 @@ from meshwright.schedule.record import (
 )
 from meshwright.schedule.tables import read_table, table_csv
 from meshwright.schedule.timeline import Idle, Timeline, replay
-from meshwright.schedule.zero_bubble import ZERO_BUBBLE
 
 __all__ = [
     "SCHEDULES",
-    "ZERO_BUBBLE",
     "Action",
     "ActionKind",
     "Idle",

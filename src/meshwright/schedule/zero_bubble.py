@@ -249,6 +249,3 @@ for _schedule in (
     ),
 ):
     SCHEDULES.add(_schedule.name, _schedule)
-
-#: The schedules of this file.
-ZERO_BUBBLE = tuple(name for name, schedule in SCHEDULES.items() if schedule.splits_backward)

@@ -107,7 +107,7 @@ class Curve:
 
 
 def straggler_study(step_time_of: Callable[[Conditions], float], strategy: Strategy) -> tuple[Curve, ...]:
-    """What one slow device costs in the first, the middle and the last pipeline rank, and slow transfers in the last."""
+    """What one slow device costs in the first, the middle or the last pipeline rank, or slow transfers in the last."""
     size = strategy.pipeline_size
     ranks = sorted({0, size // 2, size - 1})
     first = {rank: int(devices_of(strategy.mesh, rank)[0]) for rank in ranks}

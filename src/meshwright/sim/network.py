@@ -34,8 +34,8 @@ from typing import Protocol
 
 import numpy as np
 
-from meshwright.cluster import Cluster, Level, LinkKind, cluster_problems
-from meshwright.errors import InputError, Problem, nearest_name
+from meshwright.cluster import Cluster, Level, LinkKind, cluster_problems, wiring_problems
+from meshwright.errors import InputError, Problem
 from meshwright.sharding import Collective
 from meshwright.sim.flows import Shared, simulate_shared
 from meshwright.sweep import FloatArray, IndexArray, Streams, Swept
@@ -353,8 +353,7 @@ def _shortest_layers(
 
 
 def _graph_network(cluster: Cluster) -> GraphNetwork:
-    problems = list(_graph_problems(cluster))
-    if problems:
+    if problems := wiring_problems(cluster):
         raise InputError(problems)
     index = {vertex: number for number, vertex in enumerate(cluster.vertices)}
     bundles: dict[tuple[int, int], list[tuple[float, float]]] = {}
@@ -371,28 +370,6 @@ def _graph_network(cluster: Cluster) -> GraphNetwork:
             ends.append((one, other))
             capacities_Bps.append(width_Bps)
     return GraphNetwork(cluster, np.array(capacities_Bps), tuple(ends), tuple(neighbours))
-
-
-def _graph_problems(cluster: Cluster) -> Iterator[Problem]:
-    """What keeps a graph from being a network. That every device is reached is no part of it: `route` says so."""
-    if len(cluster.vertices) < cluster.num_devices:
-        rule = f"the first {cluster.num_devices} vertices are the devices, so there must be at least as many"
-        yield Problem("vertices", f"{len(cluster.vertices)} names", rule)
-    known = set(cluster.vertices)
-    if len(known) < len(cluster.vertices):
-        twice = next(vertex for vertex in cluster.vertices if cluster.vertices.count(vertex) > 1)
-        yield Problem("vertices", twice, "is named twice")
-    for i, link in enumerate(cluster.links):
-        for end, vertex in (("source", link.source), ("target", link.target)):
-            if vertex not in known:
-                rule = "is not among the vertices"
-                yield Problem(f"links[{i}].{end}", vertex, rule, nearest_name(vertex, cluster.vertices))
-        if link.source == link.target:
-            yield Problem(f"links[{i}]", link.source, "joins a vertex to itself")
-        if not 0 < link.bandwidth_Bps.value < math.inf:
-            yield Problem(f"links[{i}].bandwidth_Bps", str(link.bandwidth_Bps.value), "must be positive and finite")
-        if not 0 <= link.latency_s.value < math.inf:
-            yield Problem(f"links[{i}].latency_s", str(link.latency_s.value), "must be finite and not negative")
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.schedule import Action
-from meshwright.sim.program import Kind, Program, Task
+from meshwright.sim.program import Kind, Program
 from meshwright.strategy import MeshAxis, root_axis
 from meshwright.sweep import FloatArray, IndexArray, Streams
 
@@ -293,23 +293,6 @@ def _met_by(meetings: _Meetings | None, met_n: Any, num_devices: int, base: int)
         number_Dn[members_GS.ravel()[:, None], tasks] = np.repeat(first_G, width)[:, None] + np.arange(len(tasks))
         base += num_groups * len(tasks)
     return number_Dn[:, met_n]
-
-
-def labels(graph: TaskGraph, rank: int) -> list[Task]:
-    """The tasks of a device of a rank as records, in order of its streams."""
-    own = graph.ranks[rank]
-    stream_n = np.repeat(np.arange(len(own.streams)), np.diff(own.starts_S))
-    return [
-        Task(
-            own.streams[stream_n[n]],
-            float(own.duration_n[n]),
-            own.names[own.name_n[n]],
-            KINDS[own.kind_n[n]],
-            bool(own.chained_n[n]),
-            own.roots[own.root_n[n]] if own.root_n[n] >= 0 else "",
-        )
-        for n in range(own.num_tasks)
-    ]
 
 
 def devices_of(mesh: Sequence[MeshAxis], rank: int) -> IndexArray:
