@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.errors import InputError, Problem
+
 #: Schedules of which a closed form is known; how long the others take the simulator tells.
 CLOSED_FORMS = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "ZB-H1", "ZB-H2", "PipeDream", "PipeDream-2BW")
 
 #: Gradients of the weights that fill the bubble of each other rank.
 FILLED_BUBBLES = {"ZB-H1": 1, "ZB-H2": 2}
+
+
+def check_closed_form(schedule: str, where: str = "schedule", value: str = "", nearest: str = "simulate") -> None:
+    """Raise `InputError` where no closed form of a schedule is known."""
+    if schedule not in CLOSED_FORMS:
+        rule = f"no closed form of schedule {schedule} is known; of these: {', '.join(CLOSED_FORMS)}"
+        raise InputError([Problem(where, value or schedule, rule, nearest)])
 
 
 def pipeline_time(
@@ -40,6 +49,7 @@ def pipeline_time(
     a flush a step is m turns of the slowest. Exact for equal stages (tested against the replayed table; ZB where
     F = I = W); uneven chunks of a rank are taken as equal shares of it.
     """
+    check_closed_form(schedule)
     m = num_microbatches
     if schedule == "GPipe":
         return _passes(forward_K, count_K, m) + _passes(backward_K, count_K, m)

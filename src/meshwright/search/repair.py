@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from meshwright.cluster import Cluster
-from meshwright.cost.analytic import estimate
+from meshwright.cost.analytic import Case
 from meshwright.engine import Engine
 from meshwright.errors import InputError
 from meshwright.graph import Graph
+from meshwright.sim.evaluators import evaluate
 from meshwright.strategy import Recompute, Shorthand, divisors, legal_strategy, parse_shorthand
 from meshwright.units import format_bytes, format_seconds
 from meshwright.workload import Workload
@@ -24,7 +25,7 @@ def nearest_fix(shorthand: str, graph: Graph, cluster: Cluster, workload: Worklo
             strategy = legal_strategy(candidate, graph, cluster.num_devices, workload)
         except InputError:
             continue  # an illegal neighbour is no fix
-        found = estimate(graph, cluster, strategy, workload, engine)
+        found = evaluate(Case(graph, cluster, strategy, workload, engine))
         if found.feasible and (best is None or found.step_time_s < best[0]):
             changed = ",".join(part for part in str(candidate).split(",") if part not in str(given).split(","))
             needs = f"{format_bytes(found.peak_memory_bytes)}, {format_seconds(found.step_time_s)} a step"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from meshwright.cost.analytic import Case, estimate_case
-from meshwright.cost.pipeline import CLOSED_FORMS
+from meshwright.cost.pipeline import CLOSED_FORMS, check_closed_form
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.profile import Profile
 from meshwright.results import Estimate
@@ -33,9 +33,8 @@ def evaluator_name(name: str | None, schedule: str) -> str:
     """
     if name is None:
         return "analytic" if schedule in CLOSED_FORMS else "simulated"
-    if name == "analytic" and schedule not in CLOSED_FORMS:
-        rule = f"no closed form of schedule {schedule} is known; of these: {', '.join(CLOSED_FORMS)}"
-        raise InputError([Problem("--evaluator", name, rule, "simulated")])
+    if name == "analytic":
+        check_closed_form(schedule, "--evaluator", name, "simulated")
     return name
 
 
