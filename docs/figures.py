@@ -13,7 +13,7 @@ from pathlib import Path
 from meshwright.report.simulation import schedule_panel
 from meshwright.report.timeline import timeline_figure
 from meshwright.schedule import actions, replay
-from meshwright.sim.schedule_times import parse_times
+from meshwright.schedule.times import parse_times
 
 STRAGGLERS = (
     "simulate llama-3-70b dgx-h100x8 tp=8,pp=4,dp=2,zero=1,sp=1 --global-batch 64 --seq-len 8192 --detail stage "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from functools import cache
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 from meshwright.errors import InputError, Problem, nearest_name
@@ -114,6 +114,15 @@ class Strategy:
     def virtual_stages(self) -> int:
         """Stages on each pipeline rank."""
         return len(self.stages) // self.pipeline_size
+
+    @property
+    def most_messages(self) -> int:
+        """Messages that the busiest pipeline rank sends to other ranks for a microbatch, forward and backward."""
+        sent: Counter[int] = Counter()
+        for one, following in pairwise(self.stages):
+            if one.pipeline_rank != following.pipeline_rank:
+                sent.update((one.pipeline_rank, following.pipeline_rank))
+        return max(sent.values(), default=0)
 
     def num_microbatches(self, workload: Workload) -> int:
         """Microbatches of one step on each data-parallel rank."""

@@ -63,6 +63,8 @@ def estimate(
     found = predict(inputs, named, None if evaluator == "profiled" else evaluator, measured)
     if measured is not None:
         found = _told_of_profile(inputs, named, measured, found)
+    if evaluator == "profiled":
+        found = replace(found, evaluator=evaluator)
     if as_json:
         fix = fix_of(inputs, named, found)
         print_json("estimate/1", {"shorthand": named.shorthand, **asdict(found), "nearest_fix": fix})
@@ -73,12 +75,10 @@ def estimate(
 
 
 def _check_evaluator(name: str | None, profile: str) -> None:
-    from meshwright.errors import InputError, Problem, nearest_name
-    from meshwright.sim.evaluators import EVALUATORS
+    from meshwright.errors import InputError, Problem
+    from meshwright.sim.evaluators import check_evaluator
 
-    known = [*EVALUATORS, "profiled"]
-    if name is not None and name not in known:
-        raise InputError([Problem("--evaluator", name, f"known: {', '.join(known)}", nearest_name(name, known))])
+    check_evaluator(name, "profiled")
     if name == "profiled" and not profile:
         rule = "keeps what it measures in a file"
         raise InputError([Problem("--evaluator", name, rule, "--profile profile.json")])

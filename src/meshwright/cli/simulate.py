@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,10 +39,10 @@ from meshwright.cli.common import (
 if TYPE_CHECKING:
     from meshwright.io.inputs import NamedStrategy
     from meshwright.schedule import Table, Timeline
-    from meshwright.sim.build import Built
-    from meshwright.sim.conditions import Curve, Spread
-    from meshwright.sim.schedule_times import StageTimes
+    from meshwright.schedule.times import StageTimes
+    from meshwright.sim.conditions import Conditions, Curve, Spread
     from meshwright.sim.step import Simulation
+    from meshwright.sim.tasks import TaskGraph
 
 
 # --- simulate --------------------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def simulate(
     from meshwright.sim.build import build
     from meshwright.sim.conditions import Conditions, condition_problems, parse_factors, spread
     from meshwright.sim.program import Detail
-    from meshwright.sim.step import run, simulate_on
+    from meshwright.sim.step import simulate_on
 
     faults = Faults()
     kind = faults.of(lambda: _detail(detail, list(Detail)))
@@ -106,16 +107,17 @@ def simulate(
     with progress("simulating", quiet=as_json):
         started = time.process_time()
         built = build(case_of(inputs, named), Detail(kind), measured, shared_links=shared_links)
-        found = simulate_on(built, unfold=unfold, conditions=conditions, shared_links=shared_links, num_cores=cores)
+        simulated = partial(simulate_on, built, unfold=unfold, shared_links=shared_links, num_cores=cores)
+        found = simulated(conditions=conditions)
         cpu_s = time.process_time() - started
         drawn = None
         if jitter:
-            drawn = spread(lambda each: run(built, found.graph, each).estimate.step_time_s, conditions, samples)
+            drawn = spread(partial(_step_time, simulated, found.graph), conditions, samples)
         if trace:
             _write_trace(found, trace)
         if figure:
             _draw(found, named, figure)
-        studied = _study(built, named, stragglers) if stragglers else ()
+        studied = _study(simulated, named, stragglers) if stragglers else ()
     if as_json:
         told = _simulation_json(inputs, named, found, cpu_s, drawn)
         print_json("simulation/1", {**told, "stragglers": [asdict(curve) for curve in studied]})
@@ -149,14 +151,17 @@ def _draw(found: Simulation, named: NamedStrategy, path: str) -> None:
     timeline_figure([simulation_panel(found, title)], path, command=command_line())
 
 
-def _study(built: Built, named: NamedStrategy, path: str) -> tuple[Curve, ...]:
+def _step_time(simulated: Callable[..., Simulation], graph: TaskGraph, conditions: Conditions) -> float:
+    return simulated(conditions=conditions, graph=graph).estimate.step_time_s
+
+
+def _study(simulated: Callable[..., Simulation], named: NamedStrategy, path: str) -> tuple[Curve, ...]:
     """Step times with a straggler, drawn."""
     from meshwright.report.figures import straggler_figure
     from meshwright.sim.conditions import straggler_study
-    from meshwright.sim.step import graph_of, run
 
-    graph = graph_of(built, unfold=True)
-    curves = straggler_study(lambda slow: run(built, graph, slow).estimate.step_time_s, named.strategy)
+    graph = simulated(unfold=True).graph
+    curves = straggler_study(partial(_step_time, simulated, graph), named.strategy)
     straggler_figure(curves, path, command=command_line())
     return curves
 
@@ -304,7 +309,7 @@ MAX_ACTIONS = 2_000_000
 
 
 def _stage_times(text: str, num_stages: int | None) -> StageTimes:
-    from meshwright.sim.schedule_times import parse_times
+    from meshwright.schedule.times import parse_times
 
     return parse_times(text, num_stages)
 

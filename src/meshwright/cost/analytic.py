@@ -67,7 +67,8 @@ class Evaluation:
         """Bytes that the busiest rank sends per step, by mesh axis."""
         recompute = self.cases[0].strategy.recompute
         rows = Rows(self.tables, self.members)
-        return communication_ledger(self.priced, self.states, recompute, rows, self.members)
+        messages = _column([case.strategy.most_messages for case in self.cases])
+        return communication_ledger(self.priced, self.states, recompute, rows, self.members, messages)
 
 
 def estimate(graph: Graph, cluster: Cluster, strategy: Strategy, workload: Workload, engine: Engine) -> Estimate:

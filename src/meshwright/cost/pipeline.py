@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.errors import InputError, Problem
+from meshwright.schedule import is_asynchronous
 
 #: Schedules of which a closed form is known; how long the others take the simulator tells.
 CLOSED_FORMS = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "ZB-H1", "ZB-H2", "PipeDream", "PipeDream-2BW")
@@ -58,7 +59,7 @@ def pipeline_time(
         return _passes(rank_time_K, count_K, m)
     slowest = rank_time_K.max(axis=0)
     num_ranks = count_K.sum(axis=0)
-    if schedule.startswith("PipeDream"):
+    if is_asynchronous(schedule):
         return m * slowest
     if schedule in FILLED_BUBBLES:
         filled = FILLED_BUBBLES[schedule]

@@ -37,7 +37,7 @@ from meshwright.cost.passes import block_passes, crosses_nodes, exposed_behind, 
 from meshwright.cost.pipeline import pipeline_time
 from meshwright.cost.stages import Members, RankTable, Rows, pick
 from meshwright.graph import Graph, operator_flops
-from meshwright.schedule import SCHEDULES
+from meshwright.schedule import is_asynchronous, updates_each_microbatch
 from meshwright.sharding import StatePlacement, group_size
 from meshwright.strategy import Recompute, degree_of, root_axis
 from meshwright.workload import Workload
@@ -261,7 +261,7 @@ def evaluate(prepared: Prepared, tables: RankTable, members: Members) -> StepCol
     time["bubble"] = np.maximum(pipeline_s - busy_s, 0.0)  # the maximum is for rounding only
     bubble_fraction = time["bubble"] / pipeline_s
     end, end_s = _step_end(prepared, rows, turn, v, members.schedule)
-    updates = m if members.schedule == "PipeDream" else 1  # one after each microbatch
+    updates = m if updates_each_microbatch(members.schedule) else 1
     end, end_s = {cause: updates * seconds for cause, seconds in end.items()}, updates * end_s
     for cause, seconds in end.items():
         time[cause] = time.get(cause, 0.0) + seconds
@@ -348,7 +348,7 @@ def _step_end(
     # Padding has no backward to be the shortest.
     shortest_s = (backward_K + np.where(rows.spread(rows.ranks_KM > 0), 0.0, np.inf)).min(axis=0) / num_virtual
     total, first_K = in_order(exposed), rows.spread(rows.first_KM)
-    shortest_s = shortest_s * (not SCHEDULES[schedule].is_asynchronous)
+    shortest_s = shortest_s * (not is_asynchronous(schedule))
     last = (total - first_K * shortest_s).argmax(axis=0)
     ends_s, ahead = pick(total, last), pick(first_K, last) * shortest_s
     # What is hidden is taken off each cause in proportion.
@@ -387,10 +387,13 @@ def communication_ledger(
     recompute: Mapping[str, Recompute],
     rows: Rows,
     members: Members,
+    messages_M: Any,
 ) -> dict[str, Any]:
-    """Bytes that the busiest rank sends per step, by mesh axis (see `attributed` for joint collectives)."""
+    """Bytes that the busiest rank sends per step, by mesh axis (see `attributed` for joint collectives); `messages_M`
+    are those that it sends to other stages for a microbatch."""
     bytes_ = state_bytes(priced.machine.engine, priced.workload)
-    m, v = members.num_microbatches_M, members.num_virtual_M
+    m = members.num_microbatches_M
+    updates = m if updates_each_microbatch(members.schedule) else 1
     sent: dict[str, Any] = {}
 
     def add(axes: tuple[str, ...], name: str, value_U: Any, times: Any) -> None:
@@ -407,18 +410,16 @@ def communication_ledger(
         for field_name, size, times in (
             ("each_use", 2 * bytes_.parameter, m),
             ("each_backward", bytes_.gradient, m),
-            ("step_gradient", bytes_.gradient, 1),
-            ("step_parameter", bytes_.parameter, 1),
+            ("step_gradient", bytes_.gradient, updates),
+            ("step_parameter", bytes_.parameter, updates),
         ):
             moves = state_moves(priced, getattr(prices[name], field_name), size)
             for axes, value in moves.bytes.items():
                 add(axes, name, value, times)
     columns = {axis: value.max(axis=0)[0, 0] for axis, value in sent.items()}
-    num_ranks = rows.ranks_KM.sum(axis=0)
-    per_microbatch = np.where(num_ranks > 1, 2 * v - (num_ranks == 2), 0)
     tied: Any = 0.0
     for one, other in priced.graph.tied:
         apart = rows.holds_one(one.split("/")[0], other.split("/")[0])[:, 0, 0]
         tied = tied + (apart * rows.column(parameter_numel(priced, other))).max(axis=0) * bytes_.gradient
-    columns["pp"] = per_microbatch * m * rows.column(message_bytes(priced)) + tied
+    columns["pp"] = messages_M * m * rows.column(message_bytes(priced)) + tied
     return columns

@@ -12,6 +12,7 @@ forward, microbatch 0). Times are not in the table; `replay` adds them. How long
 `messages`  tables with their messages and the state that stages gather and give back
 `waits`     what waits for what: a table as tasks in streams
 `timeline`  a table with times
+`times`     times of actions as people write them
 `check`     what is wrong with a table that somebody wrote
 
 Legend: p = `num_ranks` pipeline ranks, v = `num_virtual` stages on each rank (chunks), p v stages in all,
@@ -47,11 +48,13 @@ from meshwright.schedule.record import (
     Placement,
     Schedule,
     actions,
+    is_asynchronous,
     num_deferred,
     peak_in_flight,
     rank_of_stage,
     schedule_problems,
     stages_of_rank,
+    updates_each_microbatch,
     weight_versions,
 )
 from meshwright.schedule.tables import read_table, table_csv
@@ -71,6 +74,7 @@ __all__ = [
     "checked",
     "compute_parts",
     "interleaved_legal",
+    "is_asynchronous",
     "num_deferred",
     "parse_action",
     "peak_in_flight",
@@ -82,6 +86,7 @@ __all__ = [
     "stage_of",
     "stages_of_rank",
     "table_csv",
+    "updates_each_microbatch",
     "weight_versions",
     "with_messages",
     "with_state",

@@ -154,6 +154,7 @@ _add(
         "PipeDream",
         _1f1b_warm_up,
         is_asynchronous=True,
+        updates_each_microbatch=True,
         weight_versions=lambda p, v, m, rank: np.asarray(p - rank),
     ),
     # 2BW updates after m backwards. Microbatches in flight have seen two versions, as long as m >= p.

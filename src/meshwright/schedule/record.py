@@ -40,7 +40,8 @@ class Schedule:
     `num_deferred` are the closed forms of what is counted over the table, None where it has to be counted;
     `weight_versions` is how many copies of its weights a rank keeps.
 
-    An asynchronous schedule does not drain between steps: the next m microbatches follow these at once. One with
+    An asynchronous schedule does not drain between steps: the next m microbatches follow these at once; its weights are
+    updated after all m, or, with `updates_each_microbatch`, after each. One with
     `staggers_steps` is synchronous, and each rank goes on to its next step when its own is done, without a barrier of
     all ranks (2401.10241, section 4: the update is validated afterwards): a step takes the span of one rank.
     """
@@ -54,6 +55,7 @@ class Schedule:
     num_deferred: Count | None = None
     weight_versions: Count = _one
     is_asynchronous: bool = False
+    updates_each_microbatch: bool = False
     staggers_steps: bool = False
     has_backward: bool = True
     splits_backward: bool = False  # into I and W
@@ -128,6 +130,16 @@ def stages_of_rank(name: str, rank: int, num_ranks: int, num_virtual: int) -> tu
     """
     stages = range(num_ranks * num_virtual)
     return tuple(stage for stage in stages if rank_of_stage(name, stage, num_ranks) == rank)
+
+
+def is_asynchronous(name: str) -> bool:
+    """Whether steps of a schedule follow one another without a flush; a table of one's own has one."""
+    return name in SCHEDULES and SCHEDULES[name].is_asynchronous
+
+
+def updates_each_microbatch(name: str) -> bool:
+    """Whether a schedule updates its weights after each microbatch, not once a step."""
+    return name in SCHEDULES and SCHEDULES[name].updates_each_microbatch
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,11 @@
-"""Discrete events: when work happens where speed depends on who else is at work.
+"""The simulator: a step as tasks in streams, run by `sweep` or, where tasks share links or cores, by `flows`.
 
-`flows` shares links and cores among tasks in streams; `network` makes the links and routes of a cluster.
+`program`    what a rank does, block by block or operator by operator
+`build`      the programs of all ranks of a case, joined by messages
+`tasks`      programs as one graph of tasks, folded or with every device
+`step`       running it: the simulated evaluator
+`timeline`   the critical path, idle time, memory over time, traces
+`conditions` stragglers, slow links, jitter
+`flows`, `network`, `sharing`   max-min fair shares; links and routes of a cluster; transfers as flows over them
+`evaluators` what predicts, by name
 """

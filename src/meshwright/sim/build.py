@@ -7,7 +7,7 @@ share that the engine exposes, and a rank that sends and receives does both at o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,11 +22,19 @@ from meshwright.cost.memory import InFlight
 from meshwright.cost.stages import Members, Rows, rank_table_of
 from meshwright.cost.step import EndTransfer, Prepared, Turns, end_transfers, message_seconds, tied_exchanges, turns
 from meshwright.profile import Profile
-from meshwright.schedule import SCHEDULES, Action, ActionKind, Table, compute_parts, weight_versions
+from meshwright.schedule import (
+    Action,
+    ActionKind,
+    Table,
+    compute_parts,
+    is_asynchronous,
+    updates_each_microbatch,
+    weight_versions,
+)
 from meshwright.sim.program import (
     COMPUTE,
     KIND_OF_ACTION,
-    BlockTasks,
+    Blocks,
     Detail,
     Kind,
     Program,
@@ -86,25 +94,22 @@ def build(
     return Built(case, batch, table, rounds, programs, machines, prepared, turned, rows, ends, sent, tuple(kept_S))
 
 
-def is_asynchronous(schedule: str) -> bool:
-    """Whether steps follow one another without a flush."""
-    return schedule != CUSTOM and SCHEDULES[schedule].is_asynchronous
-
-
 def rank_machines(case: Case, profile: Profile | None) -> tuple[Machine, ...]:
     """What each pipeline rank runs on: the slowest of its own devices, on the links of all."""
     known = constants()
     whole = machine_of(case.cluster, case.engine, case.workload, known, profile)
     if len(case.cluster.groups) == 1:
         return (whole,) * case.strategy.pipeline_size
-    made: dict[str, Machine] = {}
+    made: dict[tuple[int, ...], Machine] = {}
     found = []
     for rank in range(case.strategy.pipeline_size):
-        device = rank_cluster(case.cluster, case.strategy, rank).slowest_device
-        if device.name not in made:
+        own = rank_cluster(case.cluster, case.strategy, rank)
+        groups = tuple(map(id, own.groups))  # names of devices need not differ where their numbers do
+        if groups not in made:
+            device = own.slowest_device
             rates = device_rates(device, case.workload, known)
-            made[device.name] = replace(whole, rates=rates, memory_bytes=device.memory_bytes.value)
-        found.append(made[device.name])
+            made[groups] = replace(whole, rates=rates, memory_bytes=device.memory_bytes.value)
+        found.append(made[groups])
     return tuple(found)
 
 
@@ -137,6 +142,10 @@ def _kept_bytes(case: Case, members: Members, prepared: Prepared) -> Any:
     return np.broadcast_to(rows.add(prepared.memory.kept), (len(stages), 1, 1, 1)).ravel()
 
 
+#: A stage that keeps nothing counts for so many bytes, so that a rank of such stages has a share too.
+LEAST = 1e-300
+
+
 def _in_flight(table: Table, strategy: Strategy, kept_S: Any, num_microbatches: int) -> InFlight:
     """What a table holds at most on each rank, each stage weighed by what it keeps; the head's by its gradients."""
     last, p = len(strategy.stages) - 1, strategy.pipeline_size
@@ -146,13 +155,13 @@ def _in_flight(table: Table, strategy: Strategy, kept_S: Any, num_microbatches: 
         own = {part.stage for action in row for part in compute_parts(action)}
         for action in row:
             for part in compute_parts(action):
-                weight = kept_S[part.stage] or 1e-300
+                weight = kept_S[part.stage] or LEAST
                 now += weight * {ActionKind.F: 1, ActionKind.B: -1, ActionKind.W: -1}.get(part.kind, 0)
                 pending += (part.stage == last) * {ActionKind.F: 1, ActionKind.B: -1, ActionKind.I: -1}.get(
                     part.kind, 0
                 )
                 most, head = max(most, now), max(head, pending)
-        shares.append(most / sum(kept_S[stage] or 1e-300 for stage in own))
+        shares.append(most / sum(kept_S[stage] or LEAST for stage in own))
     versions = (
         1 if strategy.schedule == CUSTOM else weight_versions(strategy.schedule, p, 1, num_microbatches, np.arange(p))
     )
@@ -171,7 +180,7 @@ class _Writer:
         self.pieces: dict[tuple[int, int, ActionKind], tuple[Task, ...]] = {}
 
     def program(
-        self, rank: int, prepared: Prepared, turn: Turns, blocks: Mapping[str, BlockTasks]
+        self, rank: int, prepared: Prepared, turn: Turns, blocks: Blocks
     ) -> tuple[Program, dict[str, float], float]:
         """What a rank does; what its step's end takes by cause, and its messages."""
         program, v = Program(), self.case.strategy.virtual_stages
@@ -181,7 +190,7 @@ class _Writer:
         last_turn = backwards[-v] if len(backwards) >= v else -1
         ends, sent_s, seen = {}, 0.0, 0
         schedule = self.case.strategy.schedule
-        update_after = {"PipeDream": v, "PipeDream-2BW": self.m * v}.get(schedule, 0)
+        update_after = v * (1 if updates_each_microbatch(schedule) else self.m) if is_asynchronous(schedule) else 0
         program.add(None, _hidden(moves, rank, is_gradient=False))
         for index, part in enumerate(row):
             if index == last_turn:
@@ -199,22 +208,18 @@ class _Writer:
         updates = max(self.m * v // update_after, 1) if update_after else 1
         return program, {cause: updates * seconds for cause, seconds in ends.items()}, sent_s
 
-    def _piece(
-        self, rank: int, part: Action, turn: Turns, prepared: Prepared, blocks: Mapping[str, BlockTasks]
-    ) -> tuple[Task, ...]:
+    def _piece(self, rank: int, part: Action, turn: Turns, prepared: Prepared, blocks: Blocks) -> tuple[Task, ...]:
         key = (rank, part.stage, part.kind)
         if key not in self.pieces:
             self.pieces[key] = tuple(self._tasks(rank, part, turn, prepared, blocks))
         return self.pieces[key]
 
-    def _tasks(
-        self, rank: int, part: Action, turn: Turns, prepared: Prepared, blocks: Mapping[str, BlockTasks]
-    ) -> list[Task]:
+    def _tasks(self, rank: int, part: Action, turn: Turns, prepared: Prepared, blocks: Blocks) -> list[Task]:
         """One action of a stage: its blocks, what the engine's faults add, and the message that follows."""
         graph, strategy = self.case.graph, self.case.strategy
         own = [name for held in strategy.stages[part.stage].blocks for name in graph.sequence[held.start : held.stop]]
         in_order_ = own if part.kind is ActionKind.F else list(reversed(own))
-        tasks = [task for name in in_order_ for task in blocks[name].by_kind[part.kind]]
+        tasks = [task for name in in_order_ for task in blocks[name][part.kind]]
         if self.detail is Detail.STAGE:
             tasks = _merged(tasks, KIND_OF_ACTION[part.kind])
         if part.kind is ActionKind.W:

@@ -38,10 +38,10 @@ def evaluator_name(name: str | None, schedule: str) -> str:
     return name
 
 
-def check_evaluator(name: str | None) -> None:
-    """Raise `InputError` where there is no such evaluator."""
-    if name is not None and name not in EVALUATORS:
-        known = list(EVALUATORS)
+def check_evaluator(name: str | None, *more: str) -> None:
+    """Raise `InputError` where there is no such evaluator, nor one of `more`."""
+    known = [*EVALUATORS, *more]
+    if name is not None and name not in known:
         raise InputError([Problem("--evaluator", name, f"known: {', '.join(known)}", nearest_name(name, known))])
 
 

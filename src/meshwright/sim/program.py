@@ -23,6 +23,7 @@ from meshwright.cost.block import by_root, price_transfer
 from meshwright.cost.layouts import PricedLayouts, state_bytes
 from meshwright.cost.passes import Pass, block_passes, state_moves
 from meshwright.schedule import Action, ActionKind
+from meshwright.schedule.action import COMPUTE as COMPUTE_ACTIONS
 from meshwright.sharding import Phase
 from meshwright.strategy import Recompute
 
@@ -61,8 +62,6 @@ KIND_OF_ACTION = {
     ActionKind.RESHARD: Kind.COMMUNICATION,
     ActionKind.REDUCE_GRAD: Kind.COMMUNICATION,
 }
-
-COMPUTE_ACTIONS = (ActionKind.F, ActionKind.I, ActionKind.W, ActionKind.B)
 
 #: The stream of a device's computation; the others are degrees, and messages to a pipeline rank.
 COMPUTE = "compute"
@@ -122,27 +121,22 @@ class Program:
 # --- blocks ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class BlockTasks:
-    """The tasks of one block, for each kind of action."""
-
-    by_kind: Mapping[ActionKind, tuple[Task, ...]]
+#: The tasks of each block, by the kind of action.
+Blocks = Mapping[str, Mapping[ActionKind, tuple[Task, ...]]]
 
 
 def block_tasks(
     priced: PricedLayouts, states: Mapping[str, Any], recompute: Mapping[str, Recompute], detail: Detail
-) -> dict[str, BlockTasks]:
+) -> Blocks:
     """The tasks of every block of a model of one layout (columns of length one)."""
     found = {}
     for name, block in priced.blocks.items():
         forward, backward = block_passes(priced, block, states[name], recompute[name])
         make = _operator_tasks if detail is Detail.OPERATOR else _whole_block
-        found[name] = BlockTasks(
-            {
-                kind: tuple(make(priced, name, states[name], recompute[name], kind, forward, backward))
-                for kind in COMPUTE_ACTIONS
-            }
-        )
+        found[name] = {
+            kind: tuple(make(priced, name, states[name], recompute[name], kind, forward, backward))
+            for kind in COMPUTE_ACTIONS
+        }
     return found
 
 

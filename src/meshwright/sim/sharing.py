@@ -8,8 +8,6 @@ than the next, and that a collective ends for all when the last of its flows doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from meshwright.cluster import Cluster
@@ -75,19 +73,14 @@ def _peers(
     words = stream.split()
     if words[:2] == ["pp", "to"]:
         return devices[int(words[2])]
-    root = next((own.roots[code] for code in set(_roots(own, stream))), None)
-    if root is None:
+    root, _ = own.collectives(own.streams.index(stream))
+    if not root:
         return None
     axes = [axis for axis in strategy.mesh if axis.name != "pp"]
     members_GS = groups_of(axes, root)
     following = np.empty(graph.num_devices, dtype=np.int64)
     following[members_GS.ravel()] = np.roll(members_GS, -1, axis=1).ravel()
     return devices[rank][following]
-
-
-def _roots(own: RankTasks, stream: str) -> Iterator[int]:
-    index = own.streams.index(stream)
-    yield from (int(code) for code in np.unique(own.root_n[own.starts_S[index] : own.starts_S[index + 1]]) if code >= 0)
 
 
 def _way(network: Network, device: int, peers: IndexArray | None, index: int) -> IndexArray:

@@ -78,10 +78,12 @@ def simulate_on(
     conditions: Conditions = CALM,
     shared_links: bool = False,
     num_cores: int | None = None,
+    graph: TaskGraph | None = None,
 ) -> Simulation:
-    """Run what was built; every device has tasks of its own where they may differ or share."""
+    """Run what was built; every device has tasks of its own where they may differ or share. `graph` is the one of an
+    earlier run with all devices, where there was one."""
     all_devices = unfold or shared_links or num_cores is not None or not conditions.is_calm
-    graph = graph_of(built, unfold=all_devices)
+    graph = graph or graph_of(built, unfold=all_devices)
     return run(built, graph, conditions, shared_links=shared_links, num_cores=num_cores)
 
 
@@ -167,7 +169,17 @@ def estimate_from(
     found = estimate_of(evaluation_of(built.batch, prepared, columns), 0)
     own_cluster = rank_cluster(case.cluster, case.strategy, worst)
     reasons = memory_reasons(memory[worst], in_order(memory[worst]), worst, own_cluster)
-    return replace(found, evaluator="simulated", feasible=not reasons, reasons=reasons)
+    # Utilisation refers to the peak of all devices, and `found` to that of the slowest rank's on each.
+    peaks = [float(machine.rates.peak_flops) for machine in built.machines]
+    share = float(prepared.priced.machine.rates.peak_flops) / (sum(peaks) / len(peaks))
+    return replace(
+        found,
+        evaluator="simulated",
+        feasible=not reasons,
+        reasons=reasons,
+        mfu=share * found.mfu,
+        hfu=share * found.hfu,
+    )
 
 
 def _cell(value: float) -> Any:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,12 @@ class RankTasks:
     def num_tasks(self) -> int:
         """n."""
         return len(self.duration_n)
+
+    def collectives(self, stream: int) -> tuple[str, IndexArray]:
+        """The degree whose collectives run in a stream (by its number), and their tasks; "" and none in others."""
+        first, stop = self.starts_S[stream], self.starts_S[stream + 1]
+        tasks: IndexArray = first + np.flatnonzero(self.root_n[first:stop] >= 0)
+        return (self.roots[self.root_n[tasks[0]]] if len(tasks) else "", tasks)
 
 
 @dataclass(frozen=True)
@@ -223,9 +229,8 @@ def groups_of(axes: Sequence[MeshAxis], root: str) -> IndexArray:
 
 def _meetings(rank: RankTasks, axes: Sequence[MeshAxis]) -> _Meetings:
     groups, starts, total = [], [], 0
-    for first, stop in pairwise(rank.starts_S):
-        tasks = first + np.flatnonzero(rank.root_n[first:stop] >= 0)
-        root = rank.roots[rank.root_n[tasks[0]]] if len(tasks) else ""
+    for stream in range(len(rank.streams)):
+        root, tasks = rank.collectives(stream)
         members_GS = groups_of(axes, root)
         if members_GS.shape[1] > 1 and len(tasks):
             groups.append((tasks, members_GS))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshwright.errors import InputError, Problem, nearest_name
-from meshwright.schedule import Action, ActionKind
+from meshwright.schedule.action import Action, ActionKind
 
 #: Names of times, and what they are where not given.
 DEFAULTS = {"F": 1.0, "I": 1.0, "W": 1.0, "p2p": 0.0}
