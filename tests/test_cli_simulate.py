@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -186,6 +188,30 @@ def test_stragglers_jitter_and_shared_links() -> None:
     shared = simulated("--shared-links", "--detail", "stage", "--json")
     assert shared.code == 0
     assert shared.json["step_time_s"] >= 0.999 * calm["step_time_s"]
+
+
+def test_jitter_varies_the_step_that_was_asked_for(tmp_path: Path) -> None:
+    # On one core four ranks take turns; steps drawn with next to no jitter must do so too, and stragglers as well.
+    asked = ("simulate", "llama-tiny", "local-cpux4", "pp=4", "--global-batch", 4, "--seq-len", 64, "--json")
+    more = ("--jitter", 1e-6, "--samples", 3, "--stragglers", tmp_path / "stragglers.html")
+    free, crowded = meshwright(*asked).json, meshwright(*asked, "--cores", 1, *more).json
+    assert crowded["step_time_s"] > 1.5 * free["step_time_s"]
+    assert crowded["spread"]["quantiles_s"]["50"] == pytest.approx(crowded["step_time_s"], rel=1e-3)
+    for curve in crowded["stragglers"]:
+        assert curve["step_times_s"][0] == pytest.approx(crowded["step_time_s"], rel=1e-3)
+
+
+def test_the_commands_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text()
+    block = re.search(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    assert block
+    lines = block[1].splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        outcome = meshwright(*shlex.split(line)[1:])
+        assert (outcome.code, outcome.err) == (0, ""), line
+    assert (tmp_path / "step.pftrace").stat().st_size > 0
 
 
 def test_a_strategy_with_a_table_of_ones_own(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from meshwright.cluster import Cluster, DeviceGroup, preset_cluster
+from meshwright.cluster import Cluster, DeviceGroup, Quantity, preset_cluster
 from meshwright.cost.analytic import Case, estimate_case
 from meshwright.engine import Engine, load_engine
 from meshwright.errors import InputError
@@ -224,6 +224,31 @@ def test_each_rank_runs_at_the_speed_of_its_own_devices() -> None:
     busy = [float(slow_last.graph.ranks[rank].duration_n.sum()) for rank in range(2)]
     assert busy[0] == pytest.approx(float(fast.graph.ranks[0].duration_n.sum()), rel=0.05)
     assert busy[1] == pytest.approx(float(slow.graph.ranks[1].duration_n.sum()), rel=0.05)
+
+
+def test_devices_of_one_name_and_other_numbers_are_unlike() -> None:
+    whole = mixed("dgx-h100", "dgx-h100")
+    fast = whole.groups[1].device
+    half = {name: Quantity(peak.value / 2, peak.source) for name, peak in fast.peak_flops.items()}
+    slow = DeviceGroup(dataclasses.replace(fast, peak_flops=half), 8)
+    one = case("tp=4,pp=2,dp=2,zero=1", cluster=dataclasses.replace(whole, groups=(whole.groups[0], slow)))
+    alike = simulate(case("tp=4,pp=2,dp=2,zero=1", cluster=whole)).estimate
+    found = simulate(one).estimate
+    assert found.step_time_s > 1.2 * alike.step_time_s
+    # Utilisation is of all peaks together: three quarters of those of equal devices.
+    used = [each.mfu * each.step_time_s * peaks for each, peaks in ((alike, 1.0), (found, 0.75))]
+    assert used[0] == pytest.approx(used[1], rel=1e-12)
+
+
+def test_messages_are_counted_where_stages_lie() -> None:
+    sent = {name: CASES[name].strategy.most_messages for name in ("1F1B", "interleaved", "V", "FSDP")}
+    # Between two ranks one each way; in a loop of two chunks twice that; a V turns on the last rank.
+    assert sent == {"1F1B": 2, "interleaved": 4, "V": 4, "FSDP": 0}
+    two = {
+        text: case(f"tp=2,pp=2,dp=4,vpp=2,schedule={text}").strategy.most_messages
+        for text in ("Interleaved1F1B", "ZBVZeroBubble")
+    }
+    assert two == {"Interleaved1F1B": 3, "ZBVZeroBubble": 2}
 
 
 # --- conditions -------------------------------------------------------------------------------------------------------

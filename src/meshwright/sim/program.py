@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.cost.block import by_root, price_transfer
+from meshwright.cost.compute import OperatorPrice
 from meshwright.cost.layouts import PricedLayouts, state_bytes
 from meshwright.cost.passes import Pass, block_passes, state_moves
 from meshwright.schedule import Action, ActionKind
@@ -129,18 +130,42 @@ def block_tasks(
     priced: PricedLayouts, states: Mapping[str, Any], recompute: Mapping[str, Recompute], detail: Detail
 ) -> Blocks:
     """The tasks of every block of a model of one layout (columns of length one)."""
+    make = _operators if detail is Detail.OPERATOR else _whole_block
     found = {}
     for name, block in priced.blocks.items():
-        forward, backward = block_passes(priced, block, states[name], recompute[name])
-        make = _operator_tasks if detail is Detail.OPERATOR else _whole_block
+        passes = block_passes(priced, block, states[name], recompute[name])
         found[name] = {
-            kind: tuple(make(priced, name, states[name], recompute[name], kind, forward, backward))
+            kind: tuple(
+                _weights(priced, name, passes[1], detail)
+                if kind is ActionKind.W
+                else make(_work(priced, name, states[name], recompute[name], kind, *passes))
+            )
             for kind in COMPUTE_ACTIONS
         }
     return found
 
 
-def _whole_block(
+@dataclass(frozen=True)
+class _Work:
+    """A forward, backward or input gradient of a block: seconds of computation with what the host adds, of all
+    transfers by degree, and of what is exposed of them."""
+
+    priced: PricedLayouts
+    name: str
+    recompute: Recompute
+    kind: ActionKind
+    compute_s: float
+    took_s: Mapping[str, float]
+    exposed_s: Mapping[str, float]
+
+    def hidden(self) -> Iterator[Task]:
+        """What lies beside the computation, no longer than that."""
+        for root, seconds in self.took_s.items():
+            if (hidden_s := min(seconds - self.exposed_s.get(root, 0.0), self.compute_s)) > 0:
+                yield hidden(root, hidden_s, f"{self.name} {root}")
+
+
+def _work(
     priced: PricedLayouts,
     name: str,
     state: Any,
@@ -148,24 +173,39 @@ def _whole_block(
     kind: ActionKind,
     forward: Pass,
     backward: Pass,
-) -> Iterator[Task]:
-    """A block as one task of computation, then what its transfers expose; beside it what they hide."""
-    own = KIND_OF_ACTION[kind]
-    if kind is ActionKind.W:
-        yield Task(COMPUTE, number(backward.weights), name, own)
-        return
+) -> _Work:
     of = forward if kind is ActionKind.F else backward
     compute_s = number(of.compute) + number(of.recompute) + number(of.skew) + number(of.launch)
-    compute_s -= number(backward.weights) if kind is ActionKind.I else 0.0
-    took = _took(priced, name, state, recompute, kind)
-    for root, seconds in took.items():
-        hidden_s = min(seconds - number(of.exposed.get(root, 0.0)), compute_s)
-        if hidden_s > 0:
-            yield hidden(root, hidden_s, f"{name} {root}")
-    yield Task(COMPUTE, compute_s, name, own)
-    for root in sorted(of.exposed):
-        if number(of.exposed[root]) > 0:
-            yield Task(root, number(of.exposed[root]), f"{name} {root}", Kind.COMMUNICATION, root=root)
+    return _Work(
+        priced=priced,
+        name=name,
+        recompute=recompute,
+        kind=kind,
+        compute_s=compute_s - (number(backward.weights) if kind is ActionKind.I else 0.0),
+        took_s=_took(priced, name, state, recompute, kind),
+        exposed_s={root: number(seconds) for root, seconds in sorted(of.exposed.items()) if number(seconds) > 0},
+    )
+
+
+def _weights(priced: PricedLayouts, name: str, backward: Pass, detail: Detail) -> Iterator[Task]:
+    """The gradients of a block's weights, operator by operator where asked for, and their accumulation."""
+    rest_s = number(backward.weights)
+    if detail is Detail.OPERATOR:
+        for price in reversed(priced.blocks[name].operators):
+            if (seconds := number(price.weight_s)) > 0:
+                rest_s -= seconds
+                yield Task(COMPUTE, seconds, f"{name}.{price.name}", Kind.WEIGHT_GRADIENT)
+    if rest_s > 0:
+        told = f"{name} accumulate" if detail is Detail.OPERATOR else name
+        yield Task(COMPUTE, rest_s, told, Kind.WEIGHT_GRADIENT)
+
+
+def _whole_block(work: _Work) -> Iterator[Task]:
+    """A block as one task of computation, then what its transfers expose; beside it what they hide."""
+    yield from work.hidden()
+    yield Task(COMPUTE, work.compute_s, work.name, KIND_OF_ACTION[work.kind])
+    for root, seconds in work.exposed_s.items():
+        yield Task(root, seconds, f"{work.name} {root}", Kind.COMMUNICATION, root=root)
 
 
 def _took(priced: PricedLayouts, name: str, state: Any, recompute: Recompute, kind: ActionKind) -> dict[str, float]:
@@ -185,61 +225,43 @@ def _took(priced: PricedLayouts, name: str, state: Any, recompute: Recompute, ki
     return {root: seconds for root, seconds in sorted(total.items()) if seconds > 0}
 
 
-def _operator_tasks(
-    priced: PricedLayouts,
-    name: str,
-    state: Any,
-    recompute: Recompute,
-    kind: ActionKind,
-    forward: Pass,
-    backward: Pass,
-) -> Iterator[Task]:
+def _operators(work: _Work) -> Iterator[Task]:
     """A block operator by operator, each after the transfers of what it reads; the tasks of a pass take as long
     together as the block does."""
-    own, block = KIND_OF_ACTION[kind], priced.blocks[name]
-    if kind is ActionKind.W:
-        weights = [(price.name, number(price.weight_s)) for price in reversed(block.operators)]
-        yield from (Task(COMPUTE, seconds, f"{name}.{each}", own) for each, seconds in weights if seconds > 0)
-        rest_s = number(backward.weights) - sum(seconds for _, seconds in weights)
-        if rest_s > 0:
-            yield Task(COMPUTE, rest_s, f"{name} accumulate", own)
-        return
-    of = forward if kind is ActionKind.F else backward
-    took = _took(priced, name, state, recompute, kind)
-    share = {root: min(number(of.exposed.get(root, 0.0)) / seconds, 1.0) for root, seconds in took.items()}
-    phases = (Phase.FORWARD,) if kind is ActionKind.F else (Phase.BACKWARD, Phase.REGATHER)
-    compute_s = number(of.compute) + number(of.recompute) + number(of.skew) + number(of.launch)
-    compute_s -= number(backward.weights) if kind is ActionKind.I else 0.0
-    for root, seconds in took.items():
-        if (hidden_s := min((1 - share[root]) * seconds, compute_s)) > 0:
-            yield hidden(root, hidden_s, f"{name} {root}")
-    left_s = dict(took)
-    moved = [*_transfers(priced, name, phases)]
-    again = [price for price in block.operators if recompute is not Recompute.NONE and kind is not ActionKind.F]
-    if recompute is Recompute.SELECTIVE:
-        layout = priced.layouts[name]
-        grouped = {item.name for item in layout.block.operators if item.recompute_group}
-        again = [price for price in again if price.name in grouped]
-    spent_s = 0.0
-    for price in again:
+    name, own, block = work.name, KIND_OF_ACTION[work.kind], work.priced.blocks[work.name]
+    is_forward = work.kind is ActionKind.F
+    yield from work.hidden()
+    left_s, spent_s = dict(work.exposed_s), 0.0
+    for price in () if is_forward else _recomputed(work):
         spent_s += number(price.forward_s)
         yield Task(COMPUTE, number(price.forward_s), f"{name}.{price.name} again", own)
-    in_order = block.operators if kind is ActionKind.F else tuple(reversed(block.operators))
-    for price in in_order:
-        for operator, root, label, seconds in moved:
-            if operator == price.name and share.get(root, 0.0) > 0:
+    phases = (Phase.FORWARD,) if is_forward else (Phase.BACKWARD, Phase.REGATHER)
+    moved = list(_transfers(work.priced, name, phases))
+    for price in block.operators if is_forward else reversed(block.operators):
+        for operator, root, label, took_s in moved:
+            if operator == price.name and root in work.exposed_s:
+                seconds = work.exposed_s[root] / work.took_s[root] * took_s
                 left_s[root] -= seconds
-                yield Task(root, share[root] * seconds, label, Kind.COMMUNICATION, root=root)
-        seconds = number(price.forward_s if kind is ActionKind.F else price.backward_s)
-        seconds -= number(price.weight_s) if kind is ActionKind.I else 0.0
+                yield Task(root, seconds, label, Kind.COMMUNICATION, root=root)
+        seconds = number(price.forward_s if is_forward else price.backward_s)
+        seconds -= number(price.weight_s) if work.kind is ActionKind.I else 0.0
         spent_s += seconds
         if seconds > 0:
             yield Task(COMPUTE, seconds, f"{name}.{price.name}", own)
     for root, seconds in left_s.items():  # state, and what is handed from block to block
-        if share[root] * seconds > 1e-12 * took[root]:
-            yield Task(root, share[root] * seconds, f"{name} {root}", Kind.COMMUNICATION, root=root)
-    if compute_s - spent_s > 0:
-        yield Task(COMPUTE, compute_s - spent_s, f"{name} launch", own)
+        if seconds > 1e-12 * work.took_s[root]:
+            yield Task(root, seconds, f"{name} {root}", Kind.COMMUNICATION, root=root)
+    if work.compute_s - spent_s > 0:
+        yield Task(COMPUTE, work.compute_s - spent_s, f"{name} launch", own)
+
+
+def _recomputed(work: _Work) -> Iterator[OperatorPrice]:
+    """The operators that a backward runs again first."""
+    operators = work.priced.layouts[work.name].block.operators
+    grouped = {item.name for item in operators if item.recompute_group}
+    for price in work.priced.blocks[work.name].operators:
+        if work.recompute is Recompute.FULL or (work.recompute is Recompute.SELECTIVE and price.name in grouped):
+            yield price
 
 
 def _transfers(priced: PricedLayouts, name: str, phases: Sequence[Phase]) -> Iterator[tuple[str, str, str, float]]:
