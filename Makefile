@@ -19,7 +19,7 @@ help:  ## list the targets
 .venv/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(PIP) --editable '.[run,bench,fit,report,trace,auto,dev]'
+	$(PIP) --editable '.[run,bench,fit,report,trace,auto,onnx,metis,dev]'
 	@touch $@
 
 demo: .venv/.installed  ## set up and run the main job

@@ -390,6 +390,7 @@ COMMANDS = (
     "simulate",
     "schedule",
     "run",
+    "solve",
     "validate",
     "calibrate",
     "presets",

@@ -15,11 +15,20 @@ from meshwright.cli.common import app
 from meshwright.cli import plan as _plan  # noqa: F401
 from meshwright.cli import predict as _predict  # noqa: F401
 from meshwright.cli import simulate as _simulate  # noqa: F401
+from meshwright.cli import solve as _solve  # noqa: F401
 from meshwright.cli import measured as _measured  # noqa: F401
 from meshwright.cli import listing as _listing  # noqa: F401
 
 #: What commands need beside the package itself, and the extra that installs it.
-EXTRAS = {"torch": "run", "scipy": "fit", "plotly": "report", "perfetto": "trace", "ortools": "auto"}
+EXTRAS = {
+    "torch": "run",
+    "scipy": "fit",
+    "plotly": "report",
+    "perfetto": "trace",
+    "ortools": "auto",
+    "onnx": "onnx",
+    "pymetis": "metis",
+}
 
 
 def main() -> None:

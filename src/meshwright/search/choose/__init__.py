@@ -1,0 +1,1 @@
+"""Solvers of the choice problem (`choice.Instance`), one file each, on one protocol (`solver.Solver`)."""
