@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import math
 import re
 import tokenize
@@ -32,6 +33,8 @@ from meshwright.sharding import (
     FLAT,
     PARTIAL,
     REPLICATE,
+    SPREAD,
+    SUMMANDS,
     AxisRule,
     BlockLayout,
     Collective,
@@ -41,12 +44,17 @@ from meshwright.sharding import (
     StatePlacement,
     StateTransfers,
     Step,
+    at_rest,
+    gradient_placements,
     group_size,
+    hubs,
     lay_out,
+    lay_out_operator,
     local_numel,
     local_size,
     operator_splits,
     redistribution,
+    rest_key,
     state_transfers,
     traffic,
     zero_placement,
@@ -828,3 +836,198 @@ def test_no_source_knows_a_form_of_parallelism(path: Path) -> None:
     axes = {literal for literal in literals if re.fullmatch(r"[a-z]p(_[a-z]+)?", literal)}
     # Stages are laid out along pp, and the batch is shared out over dp; of the others nobody here knows.
     assert axes <= {"pp", "dp"}
+
+
+# --- nested redistributions, executed on simulated ranks --------------------------------------------------------------
+
+NESTED_AXES = {"x": 2, "y": 3, "z": 2}
+NESTED_DIMS = ("a", "b")
+Arrays = dict[tuple[int, ...], np.ndarray]
+
+
+def all_placements(axes: Mapping[str, int], dims: Sequence[str]) -> list[dict[str, Placement]]:
+    options = [REPLICATE, PARTIAL, *map(Shard, dims)]
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(options, repeat=len(axes))]
+
+
+def ranks(axes: Mapping[str, int]) -> list[dict[str, int]]:
+    return [dict(zip(axes, place, strict=True)) for place in itertools.product(*map(range, axes.values()))]
+
+
+def piece(whole: np.ndarray, where: Mapping[str, Placement], rank: Mapping[str, int]) -> np.ndarray:
+    """The piece of a rank, each dim cut by its axes from the outermost in."""
+    for axis in NESTED_AXES:
+        if isinstance(placed := where.get(axis, REPLICATE), Shard):
+            whole = np.split(whole, NESTED_AXES[axis], axis=NESTED_DIMS.index(placed.dim))[rank[axis]]
+    return whole
+
+
+def held(
+    whole: np.ndarray, where: Mapping[str, Placement], rng: np.random.Generator, axes: Mapping[str, int]
+) -> Arrays:
+    """What every rank holds: of partial axes, random summands."""
+    partial = [axis for axis in axes if where.get(axis, REPLICATE) == PARTIAL]
+    count = math.prod(axes[axis] for axis in partial)
+    summands = [rng.integers(-9, 9, whole.shape) for _ in range(count - 1)]
+    summands.append(whole - sum(summands, np.zeros_like(whole)))
+    found = {}
+    for rank in ranks(axes):
+        index = 0
+        for axis in partial:
+            index = index * axes[axis] + rank[axis]
+        found[tuple(rank.values())] = piece(summands[index], where, rank)
+    return found
+
+
+def execute(step: Step, arrays: Arrays, axes: Mapping[str, int]) -> Arrays:
+    """One step, literally: groups of ranks that differ in the step's axes, numbered row-major."""
+    names = list(axes)
+    found: Arrays = {}
+    for rank in ranks(axes):
+        ours = [axes[axis] for axis in step.axes]
+        members = []
+        for place in itertools.product(*map(range, ours)):
+            other = {**rank, **dict(zip(step.axes, place, strict=True))}
+            members.append(arrays[tuple(other[name] for name in names)])
+        own = int(np.ravel_multi_index([rank[axis] for axis in step.axes], ours))
+        source = None if step.source is None else NESTED_DIMS.index(step.source)
+        target = None if step.target is None else NESTED_DIMS.index(step.target)
+
+        def cut(array: np.ndarray, dim: int | None, members: list[np.ndarray] = members, own: int = own) -> np.ndarray:
+            assert dim is not None
+            return np.split(array, len(members), axis=dim)[own]
+
+        match step.collective:
+            case Collective.ALL_REDUCE:
+                made = sum(members[1:], members[0])
+            case Collective.REDUCE_SCATTER:
+                made = cut(sum(members[1:], members[0]), target)
+            case Collective.ALL_GATHER:
+                made = np.concatenate(members, axis=source)
+            case Collective.ALL_TO_ALL:
+                made = np.concatenate([cut(array, target) for array in members], axis=source)
+            case Collective.SLICE:
+                made = cut(members[own], target)
+            case Collective.SUMMAND if source is None:
+                made = members[own] if own == 0 else np.zeros_like(members[own])
+            case Collective.SUMMAND:
+                parts = [each if index == own else np.zeros_like(each) for index, each in enumerate(members)]
+                made = np.concatenate(parts, axis=source)
+        found[tuple(rank.values())] = made
+    return found
+
+
+def together(
+    arrays: Arrays, where: Mapping[str, Placement], shape: tuple[int, ...], axes: Mapping[str, int]
+) -> np.ndarray:
+    """The whole that ranks hold; those that hold copies must agree."""
+    partial = [axis for axis in axes if where.get(axis, REPLICATE) == PARTIAL]
+    summed: dict[tuple[int, ...], np.ndarray] = {}
+    for rank in ranks(axes):
+        key = tuple(0 if axis in partial else place for axis, place in rank.items())
+        summed[key] = summed.get(key, 0) + arrays[tuple(rank.values())]
+    whole = np.full(shape, 10**6)
+    for rank in ranks(axes):
+        if all(rank[axis] == 0 for axis in partial):
+            view = piece(np.arange(whole.size).reshape(shape), where, rank)
+            values = summed[tuple(rank.values())]
+            assert view.shape == values.shape
+            known = whole.ravel()[view]
+            assert ((known == 10**6) | (known == values)).all(), "copies differ"
+            whole.ravel()[view] = values
+    return whole
+
+
+@pytest.mark.parametrize("axes", [("x",), ("x", "y"), ("x", "y", "z")], ids="".join)
+def test_nested_redistributions_do_what_they_say(axes: tuple[str, ...]) -> None:
+    # Every placement of a matrix to every other on up to two axes; a third axis by sample.
+    mesh = {axis: NESTED_AXES[axis] for axis in axes}
+    rng = np.random.default_rng(1)
+    whole = rng.integers(0, 100, (24, 36))
+    pairs = list(itertools.product(all_placements(mesh, NESTED_DIMS), repeat=2))
+    if len(axes) == 3:
+        pairs = [pairs[index] for index in rng.choice(len(pairs), 300, replace=False)]
+    for source, target in pairs:
+        arrays = held(whole, source, rng, mesh)
+        for step in redistribution(source, target, axes):
+            before = next(iter(arrays.values())).size
+            arrays = execute(step, arrays, mesh)
+            larger = local_numel(NESTED_DIMS, step.larger, {"a": 24, "b": 36}, mesh)
+            assert larger == max(before, next(iter(arrays.values())).size)
+        assert (together(arrays, target, whole.shape, mesh) == whole).all(), (source, target)
+
+
+def test_nested_redistributions_agree_with_plain_ones_where_no_dim_is_cut_twice() -> None:
+    for source, target in itertools.product(all_placements({"x": 2, "y": 2}, ("a", "b")), repeat=2):
+        dims = [placed.dim for where in (source, target) for placed in where.values() if isinstance(placed, Shard)]
+        moves_to_partial = any(target[axis] == PARTIAL != source[axis] for axis in source)
+        if len(set(dims)) == len(dims) and not moves_to_partial:
+            plain, exact = (redistribution(source, target, order) for order in ((), ("x", "y")))
+            assert [(s.collective, s.axes, s.source, s.target) for s in plain] == [
+                (s.collective, s.axes, s.source, s.target) for s in exact
+            ]
+
+
+def test_an_outer_axis_that_leaves_first_takes_the_inner_one_with_it() -> None:
+    # Rank (x, y) of 2 x 2 holds quarter 2x + y; half y is quarters 2y and 2y + 1, which no gather along x alone gives.
+    steps = redistribution({"x": Shard("a"), "y": Shard("a")}, {"y": Shard("a")}, ("x", "y"))
+    assert [(s.collective.value, s.axes) for s in steps] == [("all_gather", ("x", "y")), ("slice", ("y",))]
+    # The inner one leaves alone.
+    steps = redistribution({"x": Shard("a"), "y": Shard("a")}, {"x": Shard("a")}, ("x", "y"))
+    assert [(s.collective.value, s.axes) for s in steps] == [("all_gather", ("y",))]
+    # Two that change dims together do so in one exchange.
+    steps = redistribution({"x": Shard("a"), "y": Shard("a")}, {"x": Shard("b"), "y": Shard("b")}, ("x", "y"))
+    assert [(s.collective.value, s.axes) for s in steps] == [("all_to_all", ("x", "y"))]
+
+
+# --- summands, spread tensors, tensors at rest ------------------------------------------------------------------------
+
+
+def test_summands_stay_summands_through_a_linear_operator() -> None:
+    scale = Operator("half", "scale", "batch site -> batch site", ("x",), ("y",), linear=True)
+    lift = Operator("lift", "einsum", "batch site, site mode -> batch mode", ("x", "w"), ("z",), linear=True)
+    tensors = (
+        Tensor("x", ("batch", "site")),
+        Tensor("w", ("site", "mode"), Role.PARAMETER),
+        Tensor("y", ("batch", "site")),
+        Tensor("z", ("batch", "mode")),
+    )
+    block = Block("b", tensors, (scale, lift), ("x",), ("y", "z"))
+    layout = lay_out_operator(block, scale, {"x": SUMMANDS, "y": "site"})
+    assert layout.inputs == layout.outputs == ({"x": PARTIAL, "y": Shard("site")},)
+    # What was a summand has the whole gradient; a shard's is a shard.
+    assert gradient_placements(layout.inputs[0], layout.split) == {"y": Shard("site")}
+    # A weight is no summand: it is whole, and its gradient a sum over the ranks' summands of x.
+    layout = lay_out_operator(block, lift, {"x": SUMMANDS})
+    assert layout.inputs == ({"x": PARTIAL}, {})
+    assert layout.outputs == ({"x": PARTIAL},)
+    assert gradient_placements(layout.inputs[1], layout.split) == {"x": PARTIAL}
+
+
+def test_how_a_tensor_lies_at_rest() -> None:
+    rest = at_rest({"x": "batch", "y": SPREAD, "z": SUMMANDS})
+    assert rest.value == {"x": Shard("batch"), "z": PARTIAL}
+    assert rest.gradient == {"x": Shard("batch"), "y": PARTIAL}
+
+
+def test_what_lies_at_rest_in_a_layer() -> None:
+    # Read several times (x, norms' outputs, middle), kept for the backward, or handed over; not the results that only
+    # their addition or rotation reads.
+    layer = decoder_graph(LLAMA).block["layer"]
+    lies = set(hubs(layer))
+    assert {
+        "x",
+        "norm1_out",
+        "q",
+        "k",
+        "v",
+        "context",
+        "middle",
+        "norm2_out",
+        "gate_proj",
+        "activation_out",
+        "y",
+    } <= lies
+    assert lies.isdisjoint({"q_out", "k_out", "attention_out", "mlp_out"})
+    assert rest_key(layer, "q") == "q@rest", "an operator is called so too"
+    assert rest_key(layer, "middle") == "middle"

@@ -22,8 +22,8 @@ from typing import Any
 
 from meshwright.errors import Problem, nearest_name
 
-#: Dims whose size the workload gives.
-WORKLOAD_DIMS = ("batch", "seq", "kv_seq", "rows")
+#: Dims whose size the workload gives; `batch'` is a second one in a tensor that has the batch twice (each with each).
+WORKLOAD_DIMS = ("batch", "batch'", "seq", "kv_seq", "rows")
 
 #: More repeats of a segment than this are taken for a slip of the finger.
 MAX_REPEAT = 100_000
@@ -63,6 +63,7 @@ class Role(StrEnum):
     PARAMETER = "parameter"
     ACTIVATION = "activation"
     INPUT = "input"
+    BUFFER = "buffer"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Tensor:
     """A named array: its dims by name, its role and its type.
 
     `dtype` is `compute` where the workload's precision decides, else a fixed type (`float32`, `int64`, `bool`).
+    A parameter that is not `differentiable` is frozen: it has neither gradient nor optimizer state; a buffer is state
+    that no gradient changes. `groups` says, where an array as the model stores it has dims that are products of these
+    (`heads head_dim` in one), how many of `dims` make up each of its own; left out where each is one.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Tensor:
     role: Role = Role.ACTIVATION
     dtype: str = "compute"
     differentiable: bool = True
+    groups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Operator:
     own (attention sees the sequence of the keys as `kv_seq`), since sizes go by position. `contractions` lists the
     products that the operator sums over, each by its dims: 2 FLOPs per element of that product. `saves` names the
     tensors that its backward reads. Operators of one `recompute_group` can be recomputed together.
+    One that is `linear` makes of summands (of all its operands) a summand of its result. `halo` says of a dim how many
+    elements beyond the ends of its piece, before and after, an operator reads (a convolution over space).
     `attributes` carry what its execution needs (an epsilon, the kind of activation); costs never read names.
     """
 
@@ -100,6 +107,8 @@ class Operator:
     saves: tuple[str, ...] = ()
     recompute_group: str = ""
     attributes: dict[str, str | int | float | bool] = field(default_factory=dict)
+    linear: bool = False
+    halo: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @cached_property
     def input_dims(self) -> tuple[tuple[str, ...], ...]:
@@ -206,7 +215,7 @@ class Graph:
         The keys' sequence of a tensor that has both, such as attention scores, is the dim `kv_seq`. `rows` are those
         of one sequence that go to one expert, where all get as many: a mean, which need not be whole.
         """
-        bound = {"batch": batch, "seq": seq, "kv_seq": seq}
+        bound = {"batch": batch, "batch'": batch, "seq": seq, "kv_seq": seq}
         if "experts" in self.dims:
             bound["rows"] = seq * self.dims["topk"] / self.dims["experts"]
         return {**self.dims, **bound}

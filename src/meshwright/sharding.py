@@ -17,10 +17,12 @@ PyTorch's DTensor's; the factor view of an operator is that of GSPMD (2105.04663
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -64,26 +66,41 @@ PARTIAL = Partial()
 #: Placement of one tensor on each mesh axis; an axis that is not named replicates.
 Placements = Mapping[str, Placement]
 
-#: The dim of an operator that each mesh axis splits.
+#: The dim of an operator that each mesh axis splits, or one of the two words below.
 Split = Mapping[str, str]
+
+#: In a split: the operator, linear, takes summands along this axis and makes summands.
+SUMMANDS = "+"
+
+#: In the split of a tensor at rest: it lies whole, and what comes back to it are summands of its gradient, since those
+#: who read it are split.
+SPREAD = "*"
 
 
 class Collective(StrEnum):
-    """A collective operation, or `SLICE`: a rank keeps a piece of what it has, for nothing."""
+    """A collective operation, or what a rank does alone, for nothing: `SLICE` keeps a piece of what it has, `SUMMAND`
+    makes a summand of it: zeros where another rank has the values (around a piece; all of it on all ranks but one)."""
 
     ALL_REDUCE = "all_reduce"
     ALL_GATHER = "all_gather"
     REDUCE_SCATTER = "reduce_scatter"
     ALL_TO_ALL = "all_to_all"
     SLICE = "slice"
+    SUMMAND = "summand"
+
+
+#: What needs no communication.
+FREE = frozenset({Collective.SLICE, Collective.SUMMAND})
 
 
 class Phase(StrEnum):
-    """When a transfer happens: in the forward, in the backward, or in the backward to have a saved value again."""
+    """When a transfer happens: in the forward, in the backward, in the backward to have a saved value again, or for the
+    optimizer's update."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
     REGATHER = "regather"
+    UPDATE = "update"
 
 
 @dataclass(frozen=True)
@@ -182,7 +199,17 @@ def operator_splits(block: Block, rules: Sequence[AxisRule]) -> dict[str, dict[s
 def operand_placements(dims: Sequence[str], tensor: Tensor, split: Split) -> dict[str, Placement]:
     """Placement of an operand under an operator's split; `dims` by the operator's names, the answer by the tensor's."""
     names = dict(zip(dims, tensor.dims, strict=True))
-    return {axis: Shard(names[dim]) for axis, dim in split.items() if dim in names}
+    placements: dict[str, Placement] = {axis: Shard(names[dim]) for axis, dim in split.items() if dim in names}
+    if can_be_summands(tensor):
+        placements |= {axis: PARTIAL for axis, dim in split.items() if dim == SUMMANDS}
+    return placements
+
+
+def can_be_summands(tensor: Tensor) -> bool:
+    """Whether a linear operator can take summands of a tensor: of activations, those that are numbers (an index or a
+    mask is the same for all summands, and so are weights)."""
+    is_number = tensor.dtype == "compute" or tensor.dtype.startswith(("float", "bfloat", "complex"))
+    return tensor.role is Role.ACTIVATION and is_number
 
 
 def lay_out_operator(block: Block, operator: Operator, split: Split) -> OperatorLayout:
@@ -199,15 +226,21 @@ def lay_out_operator(block: Block, operator: Operator, split: Split) -> Operator
     return OperatorLayout(operator, split, inputs, tuple(outputs))
 
 
-def redistribution(source: Placements, target: Placements) -> tuple[Step, ...]:
+def redistribution(source: Placements, target: Placements, order: Sequence[str] = ()) -> tuple[Step, ...]:
     """The collectives that bring a tensor from one placement to another, those that shrink it first.
 
     Axes that make the same move make it together, as one collective over their product: the gradient's reduction over
     replicas, shards and context is one all-reduce.
 
+    `order` names the mesh axes, outermost first. With it the steps are right for dims that several axes cut, one inside
+    the other, and are executed as they stand (see `nested_redistribution`). Without it each axis moves as if it were
+    alone on its dims.
+
     >>> [step.collective.value for step in redistribution({"tp": PARTIAL}, {"tp": Shard("seq")})]
     ['reduce_scatter']
     """
+    if order:
+        return nested_redistribution(source, target, order)
     moves: dict[tuple[Collective, str | None, str | None], list[str]] = {}
     for axis in dict.fromkeys((*source, *target)):
         before, after = source.get(axis, REPLICATE), target.get(axis, REPLICATE)
@@ -224,6 +257,92 @@ def redistribution(source: Placements, target: Placements) -> tuple[Step, ...]:
         larger = current if collective is Collective.ALL_GATHER else before_step
         steps.append(Step(collective, axes, from_dim, to_dim, dict(larger)))
     return tuple(steps)
+
+
+def nested_redistribution(source: Placements, target: Placements, order: Sequence[str]) -> tuple[Step, ...]:
+    """Steps that are right where several axes cut one dim, the piece of each cut again by the next inner one.
+
+    What such a tensor's ranks hold is contiguous only in that order, so axes leave a dim innermost first and enter it
+    behind those that are there; several that do so together are one collective, whose pieces count row-major over its
+    axes. An axis that is in the way is gathered and sliced again at the end (a permutation of pieces would be cheaper
+    where only the order changes; no plan that is any good needs one). Between any two steps each dim is cut by its axes
+    in the order of the mesh. The steps depend on which dims are equal, not on what they are called.
+
+    >>> steps = nested_redistribution({"x": Shard("a"), "y": Shard("a")}, {"y": Shard("a")}, ("x", "y"))
+    >>> [(step.collective.value, step.axes) for step in steps]
+    [('all_gather', ('x', 'y')), ('slice', ('y',))]
+    """
+    now: dict[str, Placement] = {axis: source.get(axis, REPLICATE) for axis in order}
+    goal: dict[str, Placement] = {axis: target.get(axis, REPLICATE) for axis in order}
+    assert set(order) >= {*source, *target}, (source, target, order)
+    steps = []
+    while now != goal:
+        collective, axes, source_dim, target_dim = _next_move(now, goal)
+        before = dict(now)
+        after = REPLICATE if collective is not Collective.SUMMAND else PARTIAL
+        now |= dict.fromkeys(axes, after if target_dim is None else Shard(target_dim))
+        larger = now if collective in (Collective.ALL_GATHER, Collective.SUMMAND) else before
+        held = {axis: placement for axis, placement in larger.items() if placement != REPLICATE}
+        steps.append(Step(collective, axes, source_dim, target_dim, held))
+    return tuple(steps)
+
+
+#: A collective, its axes, the dim that they leave and the one that they enter.
+_Nested = tuple[Collective, tuple[str, ...], str | None, str | None]
+
+
+def _next_move(now: Mapping[str, Placement], goal: Mapping[str, Placement]) -> _Nested:
+    """The next step: what shrinks the tensor as long as there is such, then what it costs to make room."""
+    nests, goals = _nests(now), _nests(goal)
+    # Axes that may enter each dim next, outermost first: those that follow in its goal what it has by now.
+    entering = {dim: axes[len(nests.get(dim, ())) :] for dim, axes in goals.items() if _is_begun(nests, goals, dim)}
+    for collective, placed in ((Collective.SLICE, REPLICATE), (Collective.REDUCE_SCATTER, PARTIAL)):
+        for dim, axes in entering.items():
+            if run := _run(axes, lambda axis, placed=placed: now[axis] == placed):  # type: ignore[misc]
+                return collective, run, None, dim
+    for dim, axes in entering.items():
+        for leaving, nest in nests.items():
+            for size in range(min(len(nest), len(axes)), 0, -1):
+                if nest[-size:] == axes[:size]:
+                    return Collective.ALL_TO_ALL, axes[:size], leaving, dim
+    if reduced := tuple(axis for axis in now if now[axis] == PARTIAL != goal[axis]):
+        return Collective.ALL_REDUCE, reduced, None, None
+    # Of several gathers the one over the outermost axis, the slowest, goes first, as long as the tensor is small.
+    outer_first = sorted(nests.items(), key=lambda item: list(now).index(item[1][-1]))
+    for collective, placed in ((Collective.ALL_GATHER, REPLICATE), (Collective.SUMMAND, PARTIAL)):
+        for dim, nest in outer_first:
+            if run := _run(nest[::-1], lambda axis, placed=placed: goal[axis] == placed):  # type: ignore[misc]
+                return collective, run[::-1], dim, None
+    if summands := tuple(axis for axis in now if now[axis] == REPLICATE and goal[axis] == PARTIAL):
+        return Collective.SUMMAND, summands, None, None
+    # Nothing can move: something is in the way. What will be in the same dim again, but further in, goes first.
+    inner_first = outer_first[::-1]
+    for dim, nest in inner_first:
+        kept = _run(tuple(zip(nest, goals.get(dim, ()), strict=False)), lambda pair: pair[0] == pair[1])
+        if run := _run(nest[len(kept) :][::-1], lambda axis, dim=dim: goal[axis] in (Shard(dim), REPLICATE)):  # type: ignore[misc]
+            return Collective.ALL_GATHER, run[::-1], dim, None
+    dim, nest = next((dim, nest) for dim, nest in inner_first if goal[nest[-1]] != Shard(dim))
+    return Collective.ALL_GATHER, nest[-1:], dim, None
+
+
+def _nests(placements: Mapping[str, Placement]) -> dict[str, tuple[str, ...]]:
+    """The axes that cut each dim, outermost first."""
+    nests: dict[str, tuple[str, ...]] = {}
+    for axis, placement in placements.items():
+        if isinstance(placement, Shard):
+            nests[placement.dim] = (*nests.get(placement.dim, ()), axis)
+    return nests
+
+
+def _is_begun(nests: Mapping[str, tuple[str, ...]], goals: Mapping[str, tuple[str, ...]], dim: str) -> bool:
+    """Whether the axes that cut a dim are the first of those that will."""
+    nest = nests.get(dim, ())
+    return goals[dim][: len(nest)] == nest
+
+
+def _run(items: Sequence[Any], holds: Callable[[Any], bool]) -> tuple[Any, ...]:
+    """The first items, as long as something holds."""
+    return tuple(takewhile(holds, items))
 
 
 _ORDER = (
@@ -252,7 +371,7 @@ def _move(axis: str, before: Placement, after: Placement) -> tuple[Collective, s
 
 def gradient_placements(value: Placements, split: Split) -> dict[str, Placement]:
     """Placement of the gradient that an operator returns for an operand that it takes under `value`."""
-    gradient = dict(value)
+    gradient = wanted_gradient(value)
     for axis in split:
         if value.get(axis, REPLICATE) == REPLICATE:
             gradient[axis] = PARTIAL
@@ -262,6 +381,59 @@ def gradient_placements(value: Placements, split: Split) -> dict[str, Placement]
 def wanted_gradient(made: Placements) -> dict[str, Placement]:
     """Placement in which a producer needs the gradient of its result: a shard for a shard, else the whole."""
     return {axis: placement for axis, placement in made.items() if isinstance(placement, Shard)}
+
+
+@dataclass(frozen=True)
+class Rest:
+    """How a tensor lies at rest, and how its gradient does."""
+
+    value: Placements
+    gradient: Placements
+
+
+def at_rest(split: Split) -> Rest:
+    """The placements that the split of a tensor at rest means.
+
+    >>> rest = at_rest({"x": "batch", "y": SPREAD})
+    >>> [f"{axis}: {placement}" for axis, placement in rest.value.items()]
+    ['x: Shard(batch)']
+    >>> [f"{axis}: {placement}" for axis, placement in rest.gradient.items()]
+    ['x: Shard(batch)', 'y: Partial']
+    """
+    value: dict[str, Placement] = {}
+    gradient: dict[str, Placement] = {}
+    for axis, dim in split.items():
+        if dim == SPREAD:
+            gradient[axis] = PARTIAL
+        elif dim == SUMMANDS:
+            value[axis] = PARTIAL
+        else:
+            value[axis] = gradient[axis] = Shard(dim)
+    return Rest(value, gradient)
+
+
+def rest_key(block: Block, name: str) -> str:
+    """The key in the splits of a block under which a tensor at rest stands: its name, `@rest` behind it where an
+    operator is called so too."""
+    return f"{name}@rest" if any(operator.name == name for operator in block.operators) else name
+
+
+def state_key(name: str) -> str:
+    """The key in the splits of a block under which the training state of a parameter stands."""
+    return f"{name}@state"
+
+
+def hubs(block: Block) -> tuple[str, ...]:
+    """The activations that lie at rest: those with several readers, kept for a backward, or handed over."""
+    readers = Counter(name for operator in block.operators for name in operator.inputs)
+    saved = {name for operator in block.operators for name in operator.saves}
+    handed = {*block.inputs, *block.outputs}
+    return tuple(
+        tensor.name
+        for tensor in block.tensors
+        if tensor.role is Role.ACTIVATION
+        and (readers[tensor.name] > 1 or tensor.name in saved or tensor.name in handed)
+    )
 
 
 def lay_out(block: Block, splits: Mapping[str, Split], *, keep_gathered: bool = False) -> BlockLayout:
@@ -434,7 +606,7 @@ def traffic(collective: Collective, num_ranks: Any, size: Any) -> Any:
     """
     share = (num_ranks - 1) / num_ranks
     match collective:
-        case Collective.SLICE:
+        case Collective.SLICE | Collective.SUMMAND:
             return 0.0 * share * size
         case Collective.ALL_REDUCE:
             return 2 * share * size

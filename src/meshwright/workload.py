@@ -8,7 +8,11 @@ from enum import StrEnum
 from meshwright.errors import InputError, Problem, nearest_name
 
 #: Bytes of one number of each fixed type.
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int64": 8, "bool": 1}
+DTYPE_BYTES = {
+    "float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1,
+    "complex128": 16, "complex64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+    "uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1,
+}  # fmt: skip
 
 #: Types that a step is computed in, and smaller ones that the products of layers with their weights may have.
 PRECISIONS = ("bfloat16", "float16", "float32", "float64")

@@ -185,7 +185,8 @@ def _graph_structure(graph: Graph) -> Hashable:
 
 def _priced_part(operator: Operator) -> Hashable:
     attributes = tuple((name, operator.attributes.get(name)) for name in ("causal", "window"))
-    return (*(getattr(operator, item.name) for item in fields(Operator) if item.name != "attributes"), attributes)
+    plain = [item.name for item in fields(Operator) if item.name not in ("attributes", "halo")]
+    return (*(getattr(operator, name) for name in plain), attributes, tuple(operator.halo.items()))
 
 
 def _structure(case: Case) -> tuple[Hashable, ...]:

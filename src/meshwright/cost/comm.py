@@ -16,7 +16,7 @@ import numpy as np
 
 from meshwright.cluster import Level, LinkKind
 from meshwright.cost.extents import Group
-from meshwright.sharding import Collective
+from meshwright.sharding import FREE, Collective
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def collective_time(collective: Collective, group: Group, size_bytes: Any, level
     and the messages of an all-to-all travel at once: a hop per doubling and level. That ranks wait for one another is
     not counted here (`engine.collective_skew_s`).
     """
-    if collective is Collective.SLICE:
+    if collective in FREE:
         return Took(0.0 * size_bytes * group.num_ranks, 0.0)
     passes = 2 if collective is Collective.ALL_REDUCE else 1
     transfer_s: Any = 0.0

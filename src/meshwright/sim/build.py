@@ -21,6 +21,7 @@ from meshwright.cost.layouts import Machine, machine_of
 from meshwright.cost.memory import InFlight
 from meshwright.cost.stages import Members, Rows, rank_table_of
 from meshwright.cost.step import EndTransfer, Prepared, Turns, end_transfers, message_seconds, tied_exchanges, turns
+from meshwright.errors import InputError, Problem
 from meshwright.profile import Profile
 from meshwright.schedule import (
     Action,
@@ -72,6 +73,9 @@ def build(
 ) -> Built:
     """Spell out what each pipeline rank of a case does. Where links will be shared, transfers take what they take
     alone: contention is simulated, not assumed."""
+    if case.strategy.is_placed:
+        rule = "places single operators, which are not simulated: `estimate` and `explain` sum what they take"
+        raise InputError([Problem("strategy", "mesh axes x, y, z", rule)])
     strategy, m = case.strategy, case.strategy.num_microbatches(case.workload)
     rounds = 2 if is_asynchronous(strategy.schedule) else 1
     table = strategy_table(strategy, rounds * m)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from meshwright.cost.analytic import Case, estimate_case
 from meshwright.cost.pipeline import CLOSED_FORMS, check_closed_form
+from meshwright.cost.placed import estimate_placed
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.profile import Profile
 from meshwright.results import Estimate
@@ -46,5 +47,14 @@ def check_evaluator(name: str | None, *more: str) -> None:
 
 
 def evaluate(case: Case, name: str | None = None, profile: Profile | None = None) -> Estimate:
-    """Predict one step of a legal strategy."""
+    """Predict one step of a legal strategy; one that places single operators has an evaluator of its own, the sum of
+    what they take (`cost.placed`)."""
+    if any(stage.splits for stage in case.strategy.stages):
+        rule = "stages with meshes of their own are estimated where they are planned; the plan file holds that estimate"
+        raise InputError([Problem("strategy", "stages[].splits", rule)])
+    if case.strategy.is_placed:
+        if name == "simulated" or profile is not None:
+            rule = "strategies that place single operators have the analytic evaluator alone"
+            raise InputError([Problem("--evaluator", name or "profiled", rule, "analytic")])
+        return estimate_placed(case.graph, case.cluster, case.strategy, case.workload, case.engine)
     return EVALUATORS[evaluator_name(name, case.strategy.schedule)](case, profile)

@@ -36,7 +36,7 @@ import numpy as np
 
 from meshwright.cluster import Cluster, Level, LinkKind, cluster_problems, wiring_problems
 from meshwright.errors import InputError, Problem
-from meshwright.sharding import Collective
+from meshwright.sharding import FREE, Collective
 from meshwright.sim.flows import Shared, simulate_shared
 from meshwright.sweep import FloatArray, IndexArray, Streams, Swept
 
@@ -398,7 +398,7 @@ def collective_flows(network: Network, ranks: Sequence[int], collective: Collect
     if problems:
         raise InputError(problems)
     num_ranks = len(ranks)
-    if num_ranks < 2 or collective is Collective.SLICE:
+    if num_ranks < 2 or collective in FREE:
         return []
     passes = 2 if collective is Collective.ALL_REDUCE else 1
     nodes = _by_node(ranks, network.inner.group_size)
