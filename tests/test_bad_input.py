@@ -129,26 +129,23 @@ def test_model_names(text: str, parts: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"),
+    ("text", "rule"),
     [
-        ("evil:main", "a function of a Python module"),
-        ("{}/evil.py:main", "a function of a Python module"),
-        ("package.module:Model", "a function of a Python module"),
-        ("{}/evil.py", "a Python file"),
-        ("model.pt2", "an exported PyTorch program"),
-        ("{}/model.pt2", "an exported PyTorch program"),
-        ("model.onnx", "an ONNX graph"),
+        ("package.module:Model", "no module package"),
+        ("evil.py", "a Python file is not a model; name the function in it"),
+        ("missing.pt2", "there is no such file"),
+        ("missing.onnx", "there is no such file"),
+        ("broken.pt2", "broken.pt2"),
+        ("broken.onnx", "broken.onnx"),
     ],
 )
-def test_kinds_of_model_that_have_no_door_yet(
-    text: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_models_that_cannot_be_traced(text: str, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "evil.py").write_text("open('executed', 'w')\nmain = None\n")
-    (tmp_path / "model.pt2").write_bytes(b"PK")
+    for name in ("broken.pt2", "broken.onnx"):
+        (tmp_path / name).write_bytes(b"PK")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    outcome = estimate(text.format(tmp_path))
-    refused(outcome, f"{kind} cannot be read yet; give a preset's name, a Hugging Face config.json or the folder")
+    outcome = estimate(text)
+    refused(outcome, rule)
     assert outcome.err.count("error: ") == 1
     assert not (tmp_path / "executed").exists()
 

@@ -101,6 +101,12 @@ def check_model_takes(graph: Graph, workload: Workload) -> None:
         raise InputError(problems)
 
 
+def check_sequence(graph: Graph, seq_len: int | None) -> None:
+    """Raise `InputError` where a model has a sequence whose length the workload must give, and does not."""
+    if seq_len is None and any("seq" in tensor.dims for block in graph.blocks for tensor in block.tensors):
+        raise InputError([Problem("--seq-len", "", f"{graph.name} has a sequence: its length in tokens is needed")])
+
+
 def _work(block: Block, operator: Operator, sizes: Mapping[str, int]) -> int:
     """FLOPs of an operator, or the bytes of its largest operand at 8 an element where that is more."""
     operands = (*operator.inputs, *operator.outputs)

@@ -10,10 +10,14 @@ from meshwright.errors import InputError, Problem
 from meshwright.graph import Graph
 from meshwright.io import native
 from meshwright.io.inputs import NamedStrategy, looks_like_file, make_workload, named_strategy, parse_strategy
-from meshwright.io.models import load_model
+from meshwright.io.models import is_traced, load_model, load_traced
+from meshwright.io.traced import Traced
 from meshwright.plan import Plan
 from meshwright.strategy import strategy_problems
 from meshwright.workload import Workload
+
+#: The type in which traced models are run: they are run to be held against one device.
+TRACED_DTYPE = "float64"
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,25 @@ class RunRequest:
     dtype: str
 
 
-def read_run(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
-    """The graph, the legal strategy and the workload of a run; every fault is named."""
+@dataclass(frozen=True)
+class RunInputs:
+    """What is run: the graph, its program where it was traced, a legal strategy, the workload."""
+
+    graph: Graph
+    traced: Traced | None
+    named: NamedStrategy
+    workload: Workload
+
+
+def read_run(request: RunRequest) -> RunInputs:
+    """What a run is asked to run; every fault is named."""
     plan = _read_plan(request.plan_or_model)
     return _from_plan(request, plan) if plan else _from_model(request)
+
+
+def _read_model(text: str) -> tuple[Graph, Traced | None]:
+    traced = load_traced(text) if is_traced(text) else None
+    return (traced.graph if traced else load_model(text)), traced
 
 
 def _read_plan(text: str) -> Plan | None:
@@ -47,15 +66,15 @@ def _read_plan(text: str) -> Plan | None:
     return record
 
 
-def _from_plan(request: RunRequest, plan: Plan) -> tuple[Graph, NamedStrategy, Workload]:
+def _from_plan(request: RunRequest, plan: Plan) -> RunInputs:
     given = plan.workload
     workload = make_workload(
         given.global_batch if request.global_batch is None else request.global_batch,
         given.seq_len if request.seq_len is None else request.seq_len,
-        request.dtype or given.precision,
+        request.dtype or (TRACED_DTYPE if is_traced(plan.model) else given.precision),
         "--dtype",
     )
-    graph = load_model(plan.model)
+    graph, traced = _read_model(plan.model)
     if native.fingerprint(graph) != plan.model_hash:
         raise InputError([Problem("model", plan.model, "is not the model that the plan was made for: plan it again")])
     named = NamedStrategy(plan.strategy, plan.shorthand or None)
@@ -65,10 +84,10 @@ def _from_plan(request: RunRequest, plan: Plan) -> tuple[Graph, NamedStrategy, W
     problems = strategy_problems(named.strategy, graph, named.strategy.num_devices, workload)
     if problems:
         raise InputError(problems)
-    return graph, named, workload
+    return RunInputs(graph, traced, named, workload)
 
 
-def _from_model(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
+def _from_model(request: RunRequest) -> RunInputs:
     missing = [
         Problem(option, "", "is needed where a model is given", example)
         for option, value, example in (
@@ -76,16 +95,17 @@ def _from_model(request: RunRequest) -> tuple[Graph, NamedStrategy, Workload]:
             ("--global-batch", request.global_batch, "--global-batch 8"),
             ("--seq-len", request.seq_len, "--seq-len 64"),
         )
-        if value in (None, "")
+        if value in (None, "") and not (option == "--seq-len" and is_traced(request.plan_or_model))
     ]
     if missing:
         raise InputError(missing)
     assert request.global_batch is not None
-    assert request.seq_len is not None
-    workload = make_workload(request.global_batch, request.seq_len, request.dtype or "float32", "--dtype")
-    graph = load_model(request.plan_or_model)
+    dtype = request.dtype or (TRACED_DTYPE if is_traced(request.plan_or_model) else "float32")
+    workload = make_workload(request.global_batch, request.seq_len or 1, dtype, "--dtype")
+    graph, traced = _read_model(request.plan_or_model)
     given = parse_strategy(request.strategy)
-    return graph, named_strategy(given, graph, request.nproc or given.num_devices, workload), workload
+    named = named_strategy(given, graph, request.nproc or given.num_devices, workload)
+    return RunInputs(graph, traced, named, workload)
 
 
 def _check_processes(nproc: int, num_devices: int) -> None:
