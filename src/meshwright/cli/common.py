@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from meshwright.errors import Problem
     from meshwright.graph import Graph
     from meshwright.io.inputs import NamedStrategy
+    from meshwright.io.traced import Traced
+    from meshwright.plan import Certificate
     from meshwright.profile import Profile
     from meshwright.registry import Registry
     from meshwright.results import Estimate
+    from meshwright.strategy import Strategy
     from meshwright.workload import Workload
 
 T = TypeVar("T")
@@ -37,7 +40,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Preset, Hugging Face config.json, or its folder.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Preset, Hugging Face config.json, .pt2, .onnx, or module:function."),
+]
 ClusterName = Annotated[str, typer.Argument(metavar="CLUSTER", help="Preset NAMExN such as dgx-h100x8, or a file.")]
 StrategyText = Annotated[
     str, typer.Argument(metavar="STRATEGY", help="Shorthand such as tp=8,pp=2,dp=4,zero=1, or a file.")
@@ -53,7 +59,16 @@ def whole_number(text: str | int) -> int:
 GlobalBatch = Annotated[
     int, typer.Option("--global-batch", metavar="N", parser=whole_number, help="Sequences per step.")
 ]
-SeqLen = Annotated[int, typer.Option("--seq-len", metavar="S", parser=whole_number, help="Tokens per sequence.")]
+SeqLen = Annotated[
+    int | None,
+    typer.Option(
+        "--seq-len",
+        metavar="S",
+        parser=whole_number,
+        help="Tokens per sequence.",
+        show_default="asked for where the model has a sequence",
+    ),
+]
 EngineName = Annotated[
     str | None,
     typer.Option("--engine", help="Software that runs it.", show_default="megatron-core; meshwright on local-cpu"),
@@ -78,6 +93,16 @@ class Inputs:
     engine: Engine
     cluster_text: str
     model_text: str
+    traced: Traced | None = None
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        """What tracing says of itself: equal blocks that it folded, and warnings."""
+        if self.traced is None:
+            return {}
+        unused = "--seq-len is not used: a traced model has the sequence of its example inputs"
+        warnings = [*self.traced.warnings, *([unused] if self.workload.seq_len > 1 else [])]
+        return {"folded": list(self.traced.folded), "warnings": warnings}
 
 
 class Faults:
@@ -104,20 +129,30 @@ class Faults:
 
 
 def read_inputs(
-    model: str, cluster: str, global_batch: int, seq_len: int, engine: str | None, precision: str, faults: Faults
+    model: str,
+    cluster: str,
+    global_batch: int,
+    seq_len: int | None,
+    engine: str | None,
+    precision: str,
+    faults: Faults,
 ) -> Inputs:
     """All inputs, or one error with the problems of all of them and those noted before."""
-    from meshwright.io.inputs import check_model_takes, make_workload, read_cluster, read_engine
-    from meshwright.io.models import load_model
+    from meshwright.io.inputs import check_model_takes, check_sequence, make_workload, read_cluster, read_engine
+    from meshwright.io.models import is_traced, load_model, load_traced
 
-    graph = faults.of(lambda: load_model(model))
+    traced: Any = faults.of(lambda: load_traced(model)) if is_traced(model) else None
+    graph: Any = getattr(traced, "graph", None) if is_traced(model) else faults.of(lambda: load_model(model))
     machine = faults.of(lambda: read_cluster(cluster))
-    workload = faults.of(lambda: make_workload(global_batch, seq_len, precision))
+    # A traced model has the sizes that it was traced with, and so has its sequence.
+    workload = faults.of(lambda: make_workload(global_batch, 1 if seq_len is None else seq_len, precision))
     software: Any = faults.of(lambda: read_engine(engine, machine)) if machine or engine else None
+    if graph:
+        faults.of(lambda: check_sequence(graph, seq_len))
     if graph and workload:
         faults.of(lambda: check_model_takes(graph, workload))
     faults.refuse()
-    return Inputs(graph, machine, workload, software, cluster, model)
+    return Inputs(graph, machine, workload, software, cluster, model, traced)
 
 
 def new_console(stderr: bool = False) -> Console:
@@ -213,7 +248,7 @@ def strategy_inputs(
     model: str,
     cluster: str,
     global_batch: int,
-    seq_len: int,
+    seq_len: int | None,
     engine: str | None,
     precision: str,
     faults: Faults,
@@ -241,3 +276,34 @@ def fix_of(inputs: Inputs, named: NamedStrategy, found: Estimate) -> str | None:
     from meshwright.search.repair import nearest_fix
 
     return nearest_fix(named.shorthand, inputs.graph, inputs.cluster, inputs.workload, inputs.engine)
+
+
+def write_plan(
+    path: str,
+    inputs: Inputs,
+    strategy: Strategy,
+    estimate: Estimate,
+    certificate: Certificate,
+    *,
+    workload: Workload,
+    shorthand: str = "",
+) -> None:
+    """Write a strategy with what it was made for, and how it was found."""
+    from meshwright.io.native import fingerprint, write
+    from meshwright.plan import Plan
+
+    write(
+        Plan(
+            model=inputs.model_text,
+            model_hash=fingerprint(inputs.graph),
+            cluster=inputs.cluster_text,
+            cluster_hash=fingerprint(inputs.cluster),
+            engine=inputs.engine.name,
+            workload=workload,
+            shorthand=shorthand,
+            strategy=strategy,
+            estimate=estimate,
+            certificate=certificate,
+        ),
+        path,
+    )

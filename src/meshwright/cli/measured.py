@@ -57,23 +57,31 @@ def run(
     request = RunRequest(plan_or_model, strategy, nproc, global_batch, seq_len, dtype)
     if trace:
         check_trace_name(trace)
-    graph, named, workload = read_run(request)
+    asked = read_run(request)
+    graph, named, workload = asked.graph, asked.named, asked.workload
     cluster_text = cluster or f"local-cpux{named.strategy.num_devices}"
     machine = read_cluster(cluster_text)
-    inputs = Inputs(graph, machine, workload, read_engine("meshwright", machine), cluster_text, plan_or_model)
-    from meshwright.runtime.launch import run as execute
-
+    engine = read_engine("meshwright", machine)
+    inputs = Inputs(graph, machine, workload, engine, cluster_text, plan_or_model, asked.traced)
     with progress(f"training on {named.strategy.num_devices} processes", quiet=as_json):
-        measured = execute(
-            graph,
-            named.strategy,
-            workload,
-            steps=steps,
-            seed=seed,
-            check=check,
-            tokens=tokens or None,
-            record=bool(trace),
-        )
+        if asked.traced is None:
+            from meshwright.runtime.launch import run as execute
+
+            measured = execute(
+                graph,
+                named.strategy,
+                workload,
+                steps=steps,
+                seed=seed,
+                check=check,
+                tokens=tokens or None,
+                record=bool(trace),
+            )
+        else:
+            from meshwright.runtime.traced.train import run_traced
+
+            _check_traced(tokens, trace)
+            measured = run_traced(asked.traced, named.strategy, workload, steps=steps, seed=seed, check=check)
     if trace:
         from meshwright.io.trace import measured_trace, write_trace
 
@@ -90,6 +98,16 @@ def run(
         console.print(measurement_view(measured, predicted))
     if measured.check and not measured.check.passed:
         raise typer.Exit(1)
+
+
+def _check_traced(tokens: str, trace: str) -> None:
+    """Raise `InputError` for options that mean nothing to a traced model."""
+    from meshwright.errors import InputError, Problem
+
+    given = (("--tokens", tokens, "inputs are drawn from the seed"), ("--trace", trace, "no actions are recorded"))
+    problems = [Problem(option, text, f"of a traced model {rule}") for option, text, rule in given if text]
+    if problems:
+        raise InputError(problems)
 
 
 def _run_json(named: NamedStrategy, measured: Measurement, predicted: Estimate | None) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,12 +26,14 @@ from meshwright.cli.common import (
     progress,
     read_inputs,
     registered,
+    write_plan,
 )
+from meshwright.cli.placing import DEFAULT_METHOD, OPERATOR_SPACE, Wishes, graph_methods, plan_graph, wish_problems
 
 if TYPE_CHECKING:
     from meshwright.errors import Problem
     from meshwright.results import Estimate
-    from meshwright.search.method import Answer, Found
+    from meshwright.search.method import Answer, Found, Method
     from meshwright.search.space import Limits, Space
     from meshwright.strategy import Shorthand, Strategy
     from meshwright.workload import Workload
@@ -41,9 +44,18 @@ def plan(
     model: Model,
     cluster: ClusterName,
     global_batch: GlobalBatch,
-    seq_len: SeqLen,
-    method: Annotated[str, typer.Option(help="How to look.")] = "exhaustive",
-    space: Annotated[str, typer.Option(help="Where to look: uniform, or calculon.")] = "uniform",
+    seq_len: SeqLen = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How to look: exhaustive (degrees); operators, alpa, flexflow, pipedream ... (operator graphs).",
+            show_default="exhaustive; operators for traced models",
+        ),
+    ] = None,
+    space: Annotated[
+        str | None,
+        typer.Option(help="Where to look: uniform, calculon, or operator.", show_default="as the method has it"),
+    ] = None,
     fix: Annotated[str, typer.Option("--fix", metavar="SHORTHAND", help="Keys that must have these values.")] = "",
     largest: Annotated[str, typer.Option("--max", metavar="SHORTHAND", help="Largest values of keys.")] = "",
     objective: Annotated[str, typer.Option(help="step_time, memory or pareto.")] = "step_time",
@@ -51,29 +63,142 @@ def plan(
     out: Annotated[
         str, typer.Option("--out", metavar="FILE", help="Write the best as a plan file (- is stdout).")
     ] = "",
+    mesh: Annotated[
+        str,
+        typer.Option(
+            metavar="AxB",
+            help="Axes over which operators are split.",
+            show_default="nodes x devices",
+            rich_help_panel=GRAPHS,
+        ),
+    ] = "",
+    microbatches: Annotated[
+        int, typer.Option(min=0, help="Microbatches of a pipeline (0: the method's).", rich_help_panel=GRAPHS)
+    ] = 0,
+    annotate: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:AXIS=DIM", help="A placement that is wanted (gspmd).", rich_help_panel=GRAPHS),
+    ] = None,
+    cuts: Annotated[
+        str, typer.Option(metavar="I,J,..", help="Blocks at which stages begin (gpipe).", rich_help_panel=GRAPHS)
+    ] = "",
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Activations may be made again.", rich_help_panel=GRAPHS)
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=0.0, metavar="S", help="Seconds to look for.", rich_help_panel=GRAPHS)
+    ] = math.inf,
+    seed: Annotated[int, typer.Option(help="Of methods that draw.", rich_help_panel=GRAPHS)] = 0,
+    figure: Annotated[
+        str, typer.Option(metavar="FILE.html", help="Draw where every tensor lies.", rich_help_panel=GRAPHS)
+    ] = "",
     engine: EngineName = None,
     precision: Precision = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
-    """Find the best strategy: every legal one is evaluated, what does not fit is kept apart."""
+    """Find the best strategy: by degrees (every legal one is evaluated), or operator by operator."""
+    faults = Faults()
+    faults.of(lambda: _check_objective(objective))
+    faults.of(lambda: _check_one_stdout(out, as_json))
+    if faults.of(lambda: _is_of_graphs(model, method, space)):
+        wishes = Wishes(
+            method=method or DEFAULT_METHOD,
+            objective=objective,
+            mesh=mesh,
+            microbatches=microbatches,
+            annotations=annotate or (),
+            cuts=cuts,
+            recompute=recompute,
+            time_limit_s=time_limit,
+            seed=seed,
+            top=top,
+            figure=figure,
+        )
+        faults.problems += wish_problems(wishes)
+        faults.problems += _not_of_graphs(space, fix, largest)
+        plan_graph(read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults), wishes, out, as_json)
+    else:
+        chosen = method if method and method in _degree_methods() else "exhaustive"
+        degrees = _Degrees(chosen, space or "uniform", fix, largest, objective, top)
+        _plan_degrees(
+            degrees,
+            lambda: read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults),
+            faults,
+            out,
+            as_json,
+        )
+
+
+#: The options of methods for operator graphs, as --help groups them.
+GRAPHS = "Operator graphs"
+
+
+@dataclass(frozen=True)
+class _Degrees:
+    """What a user asks of a method for degrees, as options say it."""
+
+    method: str
+    space: str
+    fix: str
+    largest: str
+    objective: str
+    top: int
+
+
+def _is_of_graphs(model: str, method: str | None, space: str | None) -> bool:
+    """Whether a question is about a graph's operators rather than about degrees."""
+    from meshwright.errors import InputError, Problem, nearest_name
+    from meshwright.io.models import is_traced
+
+    if method is None:
+        return space == OPERATOR_SPACE if space else is_traced(model)
+    if method in _degree_methods():
+        if is_traced(model):
+            rule = f"looks at degrees, which {model} has not: its operators are placed one by one"
+            raise InputError([Problem("--method", method, rule, DEFAULT_METHOD)])
+        return False
+    if method not in graph_methods():
+        known = [*_degree_methods(), *graph_methods()]
+        raise InputError([Problem("--method", method, f"known: {', '.join(known)}", nearest_name(method, known))])
+    return True
+
+
+def _not_of_graphs(space: str | None, fix: str, largest: str) -> list[Problem]:
+    """Options that mean nothing where a graph's operators are placed."""
+    from meshwright.errors import Problem
+
+    rule = "is for degrees; here operators are placed one by one"
+    problems = [Problem(name, text, rule) for name, text in (("--fix", fix), ("--max", largest)) if text]
+    if space not in (None, OPERATOR_SPACE):
+        problems.append(Problem("--space", str(space), "this method looks at operator graphs", OPERATOR_SPACE))
+    return problems
+
+
+def _plan_degrees(wanted: _Degrees, read: Callable[[], Inputs], faults: Faults, out: str, as_json: bool) -> None:
+    """Look through a grid of degrees, and show or print what is found; exit status 1 where nothing fits."""
     from meshwright.search.method import Question
     from meshwright.search.space import UniformSpace
 
-    faults = Faults()
-    look = faults.of(lambda: _method(method))
-    kind = faults.of(lambda: _space(space)) or UniformSpace
-    limits = faults.of(lambda: _limits(kind, fix, largest))
-    faults.of(lambda: _check_objective(objective))
-    faults.of(lambda: _check_one_stdout(out, as_json))
-    inputs = read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults)
+    kind = faults.of(lambda: _space(wanted.space)) or UniformSpace
+    limits = faults.of(lambda: _limits(kind, wanted.fix, wanted.largest))
+    inputs = read()
     folds = inputs.engine.defaults.folds_experts
     place = kind(inputs.graph, inputs.cluster.num_devices, inputs.workload, limits, folds)
-    question = Question(place, inputs.cluster, inputs.engine, objective, top)
+    question = Question(place, inputs.cluster, inputs.engine, wanted.objective, wanted.top)
     with progress("evaluating strategies", quiet=as_json) as told:
-        answer = look(question, told)
+        answer = _degree_methods()[wanted.method](question, told)
     ranking = _ranked(inputs, answer)
     if out and ranking:
-        _write_plan(out, inputs, ranking[0], answer)
+        best, shorthand = ranking[0], str(ranking[0].found.shorthand)
+        write_plan(
+            out,
+            inputs,
+            best.strategy,
+            best.estimate,
+            answer.certificate,
+            workload=best.workload,
+            shorthand=shorthand,
+        )
     if as_json:
         print_json("plan-result/1", _plan_json(inputs, answer, ranking))
     elif out != "-":
@@ -82,11 +207,11 @@ def plan(
         raise typer.Exit(1)
 
 
-def _method(name: str) -> Any:
+def _degree_methods() -> Mapping[str, Method]:
     import meshwright.search.exhaustive  # noqa: F401  (registers itself)
     from meshwright.search.method import METHODS
 
-    return registered(METHODS, name, "--method")
+    return METHODS
 
 
 def _space(name: str) -> type[Space]:
@@ -232,27 +357,6 @@ def _no_plan_reasons(inputs: Inputs, answer: Answer) -> list[str]:
         f"the strategy that needs least memory, {answer.least.shorthand}, does not fit: {found.reasons[0]}",
         f"nearest fix: {devices_needed(inputs.graph, inputs.cluster, inputs.workload, inputs.engine)}",
     ]
-
-
-def _write_plan(out: str, inputs: Inputs, best: _Ranked, answer: Answer) -> None:
-    from meshwright.io.native import fingerprint, write
-    from meshwright.plan import Plan
-
-    write(
-        Plan(
-            model=inputs.model_text,
-            model_hash=fingerprint(inputs.graph),
-            cluster=inputs.cluster_text,
-            cluster_hash=fingerprint(inputs.cluster),
-            engine=inputs.engine.name,
-            workload=best.workload,
-            shorthand=str(best.found.shorthand),
-            strategy=best.strategy,
-            estimate=best.estimate,
-            certificate=answer.certificate,
-        ),
-        out,
-    )
 
 
 def _show_plan(inputs: Inputs, answer: Answer, ranking: Sequence[_Ranked]) -> None:

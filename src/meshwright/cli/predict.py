@@ -42,7 +42,7 @@ def estimate(
     cluster: ClusterName,
     strategy: StrategyText,
     global_batch: GlobalBatch,
-    seq_len: SeqLen,
+    seq_len: SeqLen = None,
     evaluator: Annotated[
         str | None,
         typer.Option(
@@ -125,20 +125,22 @@ def explain(
     cluster: ClusterName,
     strategy: StrategyText,
     global_batch: GlobalBatch,
-    seq_len: SeqLen,
+    seq_len: SeqLen = None,
     against: Annotated[str, typer.Option("--against", metavar="STRATEGY", help="Say where the two part.")] = "",
     engine: EngineName = None,
     precision: Precision = "bfloat16",
     as_json: AsJson = False,
 ) -> None:
     """Take an estimate apart: which operator, tensor and collective makes each number, and where each tensor lies."""
-    from meshwright.cost.explain import explain as take_apart
+    from meshwright.cost.explain import explain as degrees
+    from meshwright.cost.explain_placed import explain_placed
 
     texts = [strategy, against] if against else [strategy]
     inputs, (named, *others) = strategy_inputs(
         texts, model, cluster, global_batch, seq_len, engine, precision, Faults()
     )
     other = others[0] if others else None
+    take_apart = explain_placed if named.strategy.is_placed else degrees
     found = take_apart(inputs.graph, inputs.cluster, named.strategy, inputs.workload, inputs.engine)
     compared = predict(inputs, other) if other else None
     if as_json:

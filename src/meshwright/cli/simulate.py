@@ -54,7 +54,7 @@ def simulate(
     cluster: ClusterName,
     strategy: StrategyText,
     global_batch: GlobalBatch,
-    seq_len: SeqLen,
+    seq_len: SeqLen = None,
     detail: Annotated[str, typer.Option(help="What a task is: stage, block or operator.")] = "block",
     unfold: Annotated[bool, typer.Option("--unfold", help="Every device, not one a pipeline rank.")] = False,
     shared_links: Annotated[

@@ -104,6 +104,21 @@ def _word(value: object) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else str(value)
 
 
+def front_table(estimates: Sequence[Estimate]) -> Table:
+    """Several placements of one graph, one a row."""
+    table = plain_table(("#", "right"), *((name, "right") for name in ("step", "MFU", "memory", "bubble")))
+    for place, estimate in enumerate(estimates, 1):
+        table.add_row(
+            str(place),
+            format_seconds(estimate.step_time_s),
+            f"{estimate.mfu:.1%}",
+            format_bytes(estimate.peak_memory_bytes),
+            f"{estimate.bubble_fraction:.1%}",
+            style="bold" if place == 1 else "",
+        )
+    return table
+
+
 def ranked_text(shorthand: Shorthand) -> str:
     """A shorthand in few characters: no defaults, no schedule that follows from the virtual stages.
 
