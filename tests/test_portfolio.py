@@ -19,7 +19,7 @@ from helpers import meshwright
 from meshwright.choice import cost_of
 from meshwright.io.contest import read_contest
 from meshwright.search.choose import dual, local, portfolio
-from meshwright.search.choose.dual import ascent
+from meshwright.search.choose.ascent import ascent
 from meshwright.search.choose.grid import grid_of
 from meshwright.search.choose.reduce import reduced
 from meshwright.search.choose.solver import Solved, within

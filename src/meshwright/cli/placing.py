@@ -195,13 +195,13 @@ def _json(inputs: Inputs, answer: GraphAnswer, found: Sequence[Placed]) -> dict[
         "ranking": entries,
         "space": {
             "name": answer.certificate.space,
-            "num_strategies": answer.certificate.num_strategies,
+            "num_strategies": answer.num_members or answer.certificate.num_strategies,
             "num_feasible": answer.certificate.num_feasible,
         },
         "elapsed_s": answer.elapsed_s,
         "cpu_s": answer.cpu_s,
         "strategies_per_s": answer.certificate.num_strategies / answer.cpu_s if answer.cpu_s > 0 else 0.0,
-        "phases_s": dict(answer.phases_s),
+        "phases_s": {**(inputs.traced.phases_s if inputs.traced else {}), **answer.phases_s},
         "certificate": {
             **certificate,
             "lower_bound_s": _finite(answer.lower_bound_s),
@@ -235,6 +235,9 @@ def _show(inputs: Inputs, answer: GraphAnswer, found: Sequence[Placed]) -> None:
     step = _step(inputs, best.strategy)
     console.print(placement_text(inputs.graph, best.strategy, inputs.workload, console.width, step))
     console.print(f"{answer.certificate.statement} ({answer.cpu_s:.2f} CPU-s).", style="dim", markup=False)
+    if inputs.traced and inputs.traced.phases_s:
+        phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in inputs.traced.phases_s.items())
+        console.print(f"Tracing took CPU-s: {phases}.", style="dim", markup=False)
 
 
 def _title(answer: GraphAnswer, best: Placed) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from meshwright.clock import timed
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Role
 from meshwright.io.layers import BLOCK, LayersDiffer, expanded, placeholders
@@ -46,20 +47,26 @@ def traced_function(text: str) -> Traced:
     device. Raises `InputError` where there is no such module or function, where it fails or returns something else,
     and where the model's control flow depends on data.
     """
-    torch = _torch()
+    from meshwright.io.dims import traced
+
+    phases_s: dict[str, float] = {}
+    with timed(phases_s, "import torch"):
+        torch = _torch()
     where = f"model {text}"
-    function = _function(text)
     try:
-        with torch.device("meta"):
-            made = function()
+        with timed(phases_s, "model"), torch.device("meta"):
+            made = _function(text)()
             module, example = _module_and_example(made, text)
     except InputError:
         raise
     except Exception as error:  # whatever a user's function raises
         rule = f"the function failed: {type(error).__name__}: {_first_line(error)}{_place(error)}"
         raise InputError([Problem("model", text, rule)]) from None
-    name = text.rpartition(":")[2]
-    return traced_module(module, example, name=name, where=where)
+    with timed(phases_s, "export"):
+        program = module_program(module, example, name=text.rpartition(":")[2], where=where)
+    with timed(phases_s, "named dims"):
+        found = traced(program)
+    return replace(found, phases_s=phases_s)
 
 
 def traced_module(

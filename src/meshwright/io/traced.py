@@ -115,7 +115,8 @@ class Traced:
 
     `instances` has an entry for each block of `graph.sequence`. `factors` gives the named dims of every value. An
     operator that stands for a part of a call is named `call.part`. `warnings` name what is not understood (and
-    therefore replicated, with its share of the FLOPs) and `folded` says in words which equal blocks were found."""
+    therefore replicated, with its share of the FLOPs) and `folded` says in words which equal blocks were found.
+    `phases_s` are the CPU-seconds of tracing, by what they went into."""
 
     program: Program
     graph: Graph
@@ -124,6 +125,7 @@ class Traced:
     readings: Mapping[str, Reading]
     warnings: tuple[str, ...] = ()
     folded: tuple[str, ...] = ()
+    phases_s: Mapping[str, float] = field(default_factory=dict)
 
 
 def needed(calls: Sequence[Call], outputs: Iterable[str]) -> tuple[tuple[Call, ...], set[str]]:

@@ -65,7 +65,8 @@ class GraphAnswer:
     """Strategies, the best first (none: `reasons` say why), and how good they may be called.
 
     `lower_bound_s`: no strategy of the space that the method looked at has a lower step time by this evaluator (minus
-    infinity where the method gives none). `phases_s` are CPU-seconds by what they went into."""
+    infinity where the method gives none); `num_members` is how many that space has (0: not counted). `phases_s` are
+    CPU-seconds by what they went into."""
 
     found: tuple[Placed, ...]
     certificate: Certificate
@@ -74,6 +75,7 @@ class GraphAnswer:
     elapsed_s: float = 0.0
     cpu_s: float = 0.0
     phases_s: Mapping[str, float] = field(default_factory=dict)
+    num_members: int = 0
 
     @property
     def gap(self) -> float:

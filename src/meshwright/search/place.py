@@ -9,9 +9,7 @@ in its own way, without regard to memory, is a lower bound of all such plans (`u
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import pairwise
@@ -20,6 +18,7 @@ from typing import Literal
 import numpy as np
 
 from meshwright.choice import Array, Instance, cost_of, instance_of, is_legal, peak_of, summed_over_time
+from meshwright.clock import timed
 from meshwright.cluster import Cluster
 from meshwright.cost.layouts import Machine
 from meshwright.graph import Graph
@@ -107,7 +106,7 @@ def place(
     there is time."""
     phases: dict[str, float] = {}
     axes = mesh_of(mesh) if isinstance(mesh, Cluster) else tuple(mesh)
-    with _timed(phases, "space"):
+    with timed(phases, "space"):
         space = operator_space(
             graph,
             axes,
@@ -118,9 +117,9 @@ def place(
             with_recompute=with_recompute,
             is_closed=is_closed,
         )
-    with _timed(phases, "solve"):
+    with timed(phases, "solve"):
         solved = _solve(space, solver, deadline, seed)
-    with _timed(phases, "bound"):
+    with timed(phases, "bound"):
         untied_s = untied_bound(space)
     choice_N = solved.choice_N
     return Placing(
@@ -134,13 +133,6 @@ def place(
         reasons=(*_too_little(space), *solved.reasons) if choice_N is None else (),
         phases_s=phases,
     )
-
-
-@contextmanager
-def _timed(phases: dict[str, float], name: str) -> Iterator[None]:
-    start = time.process_time()
-    yield
-    phases[name] = time.process_time() - start
 
 
 def _solve(space: OperatorSpace, solver: str, deadline: Deadline, seed: int) -> Solved:

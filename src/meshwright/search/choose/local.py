@@ -14,7 +14,8 @@ import numpy as np
 
 from meshwright.choice import Array, Instance, cost_of, is_legal
 from meshwright.search.choose import local_loops as loops
-from meshwright.search.choose.dual_loops import price_strategies
+from meshwright.search.choose.ascent import ascent
+from meshwright.search.choose.ascent_loops import price_strategies
 from meshwright.search.choose.grid import Grid, grid_of
 from meshwright.search.choose.obstacles import infeasible
 from meshwright.search.choose.reduce import reduced
@@ -158,9 +159,7 @@ def solve(
     start: Array | None = None,
     report: Report | None = None,
 ) -> Solved:
-    """Choices that `dual` proposes in its first sweeps, polished, then the best cooled; no bound."""
-    from meshwright.search.choose.dual import ascent  # here: it polishes its proposals with this module
-
+    """Choices that `ascent` proposes in its first sweeps, polished, then the best cooled; no bound."""
     small = reduced(instance)
     if small.infeasible:
         return infeasible(instance, "no node-by-node combination is left after reduction")

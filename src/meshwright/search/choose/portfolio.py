@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from meshwright.choice import Array, Instance, cost_of, is_legal
+from meshwright.search.choose.ascent import Ascent, ascent, continued
 from meshwright.search.choose.bounds import is_whole, rounded_up
-from meshwright.search.choose.dual import Ascent, ascent, continued
 from meshwright.search.choose.grid import Scaled, grid_of
 from meshwright.search.choose.local import Search, search_of, warmth_of
 from meshwright.search.choose.obstacles import infeasible

@@ -79,7 +79,8 @@ class Posed:
 @dataclass(frozen=True)
 class Found:
     """What a method found: strategies, the best first; those that do not fit are left out of the answer, with the
-    reasons. `num_looked_at` counts strategies that it priced, `lower_bound_s` bounds all of its space."""
+    reasons. `num_looked_at` counts strategies that it priced, `num_members` those of its space where it bounds them all
+    (`lower_bound_s`)."""
 
     strategies: tuple[Strategy, ...]
     statement: str
@@ -89,6 +90,7 @@ class Found:
     exhaustive: bool = False
     reasons: tuple[str, ...] = ()
     objectives: tuple[float, ...] = ()
+    num_members: int = 0
 
 
 Method = Callable[[Posed], Found]
@@ -139,6 +141,7 @@ class Placing:
             elapsed_s=time.perf_counter() - watch.started,
             cpu_s=time.process_time() - watch.started_cpu,
             phases_s=watch.phases_s,
+            num_members=found.num_members,
         )
 
     def _problems(self, question: GraphQuestion) -> Iterator[Problem]:

@@ -80,6 +80,7 @@ def _found(placing: Placing) -> Found:
         lower_bound_s=placing.lower_bound_s,
         exhaustive=placing.gap <= EXACT,
         reasons=(*no_room(placing.space), *placing.reasons)[:1],
+        num_members=placing.space.num_strategies,
     )
 
 
@@ -100,4 +101,5 @@ def _better(placing: Placing, more: Solved) -> Found:
         lower_bound_s=both.lower_bound,
         exhaustive=both.gap <= EXACT,
         reasons=both.reasons if choice_N is None else (),
+        num_members=placing.space.num_strategies,
     )
