@@ -20,6 +20,8 @@ help:  ## list the targets
 	$(PYTHON) -m venv .venv
 	$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(PIP) --editable '.[run,bench,fit,report,trace,auto,onnx,metis,dev]'
+	@echo "compiling the solvers' loops, once"
+	-@$(BIN)/python -m meshwright solve examples/choice.json --time-limit 25 > /dev/null
 	@touch $@
 
 demo: .venv/.installed  ## set up and run the main job

@@ -29,7 +29,12 @@ SIMULATE_405B = ["simulate", "llama-3.1-405b", "dgx-h100x2048", "tp=8,pp=16,dp=1
                  "16384", "--seq-len", "8192", "--json"]  # fmt: skip
 SIMULATE_70B = ["simulate", "llama-3-70b", "dgx-h100x128", "tp=8,pp=8,dp=16,zero=1,sp=1", "--global-batch", "512",
                 "--seq-len", "8192", "--detail", "operator", "--unfold", "--json"]  # fmt: skip
-VALIDATE = ["validate", str(Path(__file__).parent.parent / "data" / "measured_runs.csv"), "--json"]
+ROOT = Path(__file__).parent.parent
+VALIDATE = ["validate", str(ROOT / "data" / "measured_runs.csv"), "--json"]
+PLACE_BLOCK = ["plan", "architectures:llama70b_block", "dgx-h100x32", "--global-batch", "32", "--json"]
+PLACE_70B = ["plan", "architectures:llama70b", "dgx-h100x32", "--global-batch", "64", "--json"]
+LAYERWISE = ["plan", "llama-2-7b", "dgx-a100x1", "--global-batch", "64", "--seq-len", "4096", "--method", "layerwise",
+             "--json"]  # fmt: skip
 COMMANDS = {
     "help": ["--help"],
     "estimate": ESTIMATE,
@@ -38,6 +43,9 @@ COMMANDS = {
     "simulate 405B, 16,384 GPUs folded": SIMULATE_405B,
     "simulate 70B, 1,024 GPUs unfolded": SIMULATE_70B,
     "validate 2,637 runs": VALIDATE,
+    "place a 70B block, traced, 32 x 8": PLACE_BLOCK,
+    "place 80 layers of 70B, traced": PLACE_70B,
+    "place 7B layer by layer, 8 GPUs": LAYERWISE,
 }
 
 
@@ -53,7 +61,8 @@ def reference() -> None:
 def cpu_seconds(command: list[str]) -> tuple[float, float, str]:
     """CPU seconds, wall seconds and output of a process."""
     before, started = os.times(), time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples" / "models")}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     wall, after = time.perf_counter() - started, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     return cpu, wall, done.stdout
@@ -79,6 +88,10 @@ def measure() -> dict[str, dict[str, float]]:
             results = [json.loads(run[2]) for run in runs]
             figures[name]["num_tasks"] = results[0]["num_tasks"]
             figures[name]["tasks_per_cpu_s"] = statistics.median(found["tasks_per_s"] for found in results)
+        if name.startswith("place"):
+            results = [json.loads(run[2]) for run in runs]
+            figures[name]["method_cpu_s"] = statistics.median(found["cpu_s"] for found in results)
+            figures[name]["gap"] = results[0]["certificate"]["gap"]
         if name.startswith("plan"):
             results = [json.loads(run[2]) for run in runs]
             figures[name]["num_strategies"] = results[0]["space"]["num_strategies"]
@@ -99,6 +112,8 @@ def main() -> None:
         print(f"{name:36}{found['cpu_s']:8.2f}{found['wall_s']:8.2f}{found['cpu_over_reference']:17.2f}{before:10.2f}")
         if "tasks_per_cpu_s" in found:
             print(f"{'':4}{found['num_tasks']:,.0f} tasks, {found['tasks_per_cpu_s']:,.0f} a CPU-second of simulating")
+        if "method_cpu_s" in found:
+            print(f"{'':4}{found['method_cpu_s']:.2f} CPU-s from the graph to the answer, gap {found['gap']:.1e}")
         if "strategies_per_cpu_s" in found:
             rate = found["strategies_per_cpu_s"]
             print(

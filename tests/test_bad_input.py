@@ -392,10 +392,36 @@ def test_numbers_and_choices(command: str, option: str, value: str, parts: list[
         (("--top", "0"), ["'--top'", "greater than or equal to 1"]),
         (("--json", "--out", "-"), ["--out = -: --json prints one object"]),
         (("--nonsense",), ["--nonsense"]),
+        (("--mesh", "2x4"), ["--mesh = 2x4: is for methods that place operators", "(nearest: --method operators)"]),
+        (("--time-limit", "0"), ["--time-limit = 0.0: is for methods that place operators"]),
+        (
+            ("--cuts", 1, "--annotate", "a:x=b", "--recompute", "--microbatches", 2, "--figure", "f.html"),
+            ["--cuts = 1:", "--annotate = a:x=b:", "--recompute: is for", "--microbatches = 2:", "--figure = f.html:"],
+        ),
     ],
 )
 def test_options_of_plan(words: tuple[str, ...], parts: list[str]) -> None:
     refused(meshwright("plan", MODEL, CLUSTER, *WORKLOAD, *words), *parts)
+
+
+def test_a_traced_model_has_no_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples" / "models")
+    outcome = meshwright("plan", "architectures:dlrm", CLUSTER, "--global-batch", 8, "--space", "uniform")
+    refused(outcome, "--space = uniform: this method looks at operator graphs", "(nearest: operator)")
+
+
+def test_stages_with_meshes_of_their_own_are_not_estimated_again(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    words = ("llama-tiny", "dgx-h100x1", "--global-batch", 8, "--seq-len", 128)
+    assert meshwright("plan", *words, "--method", "pipedream", "--out", path).code == 0
+    assert any(stage["splits"] for stage in json.loads(path.read_text())["strategy"]["stages"])
+    for command in ("estimate", "explain", "simulate"):
+        refused(
+            meshwright(command, *words[:2], path, *words[2:]), "stages[].splits", "estimated where they are planned"
+        )
+    against = meshwright("explain", *words[:2], "dp=8", *words[2:], "--against", path)
+    refused(against, "stages[].splits", "estimated where they are planned")
+    refused(meshwright("run", path, "--steps", 1), "stages[].splits", "planned and predicted, not run")
 
 
 def test_other_choices() -> None:

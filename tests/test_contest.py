@@ -213,3 +213,33 @@ def test_instances_made_here_are_read_as_written() -> None:
     found = contest_of(content(problem_of(instance))).instance
     assert found.cost_C.tolist() == instance.cost_C.tolist()
     assert found.matrix_M.tolist() == instance.matrix_M.tolist()
+
+
+@pytest.mark.parametrize("intervals", [None, []])
+def test_intervals_that_are_empty_are_absent(intervals: Any) -> None:
+    problem = {"nodes": {"costs": [[1]], "usages": [[9]], "intervals": intervals}, "usage_limit": 3}
+    assert not len(contest_of(content(problem)).instance.usage_node_U)
+    assert check_solution(problem, [0]).is_legal
+
+
+@pytest.mark.parametrize("key", ["costs", "usages"])
+def test_numbers_in_quotes_are_none(key: str) -> None:
+    nodes = {"costs": [[1]], "usages": [[1]], "intervals": [[0, 1]], key: [["5"]]}
+    assert f"problem.nodes.{key}[0][0] = '5': a number" in problems({"nodes": nodes})
+    edges = {"nodes": [[0, 0]], "costs": [["5"]]}
+    assert "problem.edges.costs[0][0] = '5': a number" in problems({"nodes": {"costs": [[1]]}, "edges": edges})
+
+
+@pytest.mark.parametrize("limit", [50, 499_999_999_999, 2 * 10**12, 2 * 10**12 + 0.5, 10**15, 2**50 + 1])
+def test_one_more_than_the_limit_is_too_much(limit: float) -> None:
+    nodes = {"costs": [[1, 2]], "usages": [[int(limit) + 1, int(limit)]], "intervals": [[0, 1]]}
+    found = contest_of(content({"nodes": nodes, "usage_limit": limit}))
+    for strategy, legal in ((0, False), (1, True)):
+        assert is_legal(found.instance, np.array([strategy])) == legal
+        assert check_solution(found.problem, [strategy]).is_legal == legal
+
+
+def test_decimals_are_checked_as_they_are_written() -> None:
+    nodes = {"costs": [[0.1], [0.2]], "usages": [[0.1], [0.2]], "intervals": [[0, 2], [0, 2]]}
+    checked = check_solution({"nodes": nodes, "usage_limit": 0.3}, [0, 0])  # as doubles 0.1 + 0.2 > 0.3
+    assert (float(checked.cost), checked.is_legal) == (0.3, True)

@@ -213,6 +213,7 @@ def test_an_operator_without_a_rule_is_replicated_and_named() -> None:
     (block,) = found.graph.blocks
     odd = operators(block)["odd"]
     assert set(odd.unsplit) == set(odd.dims)
+    assert block.tensor["z"].dims[0] == "batch"  # what follows has the workload's size, not the traced one
     assert found.warnings == (
         "no rule for mine.odd.default (once): replicated, its work is done by every device; its FLOPs are not known "
         "and count as 0 %",

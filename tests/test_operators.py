@@ -156,6 +156,50 @@ def test_no_gradient_is_made_that_nobody_asks_for() -> None:
     assert found[True, False] == pytest.approx(found[False, True])
 
 
+def test_a_bias_is_no_factor_of_a_product() -> None:
+    # Its gradient is a sum over the batch; as a product of area 2048 it would take thirty times as long as the linear.
+    tensors = (
+        Tensor("x", ("batch", "i")),
+        Tensor("w", ("o", "i"), Role.PARAMETER),
+        Tensor("bias", ("o",), Role.PARAMETER),
+        Tensor("y", ("batch", "o")),
+    )
+    plain = Operator("f", "linear", "batch i, o i -> batch o", ("x", "w"), ("y",), contractions=("batch i o",))
+    biased = dataclasses.replace(plain, spec="batch i, o i, o -> batch o", inputs=("x", "w", "bias"))
+    block = Block("b", tensors, (biased,), ("x",), ("y",))
+    pricing = placed_pricing(MACHINE, WORKLOAD, {"batch": 4096, "i": 512, "o": 2048}, {"x": 2})
+    one, other = (
+        seconds_of(block, lay_out_operator(block, operator, {}), pricing, MACHINE.levels, is_end=False)
+        for operator in (plain, biased)
+    )
+    assert float(other.forward) == pytest.approx(float(one.forward), rel=1e-2)
+    assert float(other.backward) == pytest.approx(float(one.backward), rel=1e-2)
+
+
+def test_a_recurrent_layer_takes_what_its_products_take() -> None:
+    # Two products over 32 x 64 steps: x with (w, i), the state with (w, h); each as a linear of its own.
+    tensors = (
+        Tensor("x", ("batch", "t", "i")),
+        Tensor("w_x", ("w", "i"), Role.PARAMETER),
+        Tensor("w_h", ("v", "h"), Role.PARAMETER),
+        Tensor("y", ("batch", "t", "o")),
+    )
+    lstm = Operator(
+        "f", "lstm", "batch t i, w i, v h -> batch t o", ("x", "w_x", "w_h"), ("y",),
+        unsplit=("t", "i", "w", "v", "h", "o"), contractions=("batch t w i", "batch t v h"),
+    )  # fmt: skip
+    linear = Operator("g", "linear", "batch t i, w i -> batch t w", ("x", "w_x"), ("z",), contractions=("batch t w i",))
+    block = Block("b", (*tensors, Tensor("z", ("batch", "t", "w"))), (lstm, linear), ("x",), ("y",))
+    sizes = {"batch": 32, "t": 64, "i": 512, "h": 512, "w": 2048, "v": 2048, "o": 512}
+    pricing = placed_pricing(MACHINE, WORKLOAD, sizes, {"x": 2})
+    whole, part = (
+        seconds_of(block, lay_out_operator(block, operator, {}), pricing, MACHINE.levels, is_end=False)
+        for operator in (lstm, linear)
+    )
+    assert float(whole.forward) == pytest.approx(2 * float(part.forward), rel=0.1)
+    assert float(whole.backward) == pytest.approx(2 * float(part.backward), rel=0.1)
+
+
 def test_neighbours_exchange_the_rims_that_a_convolution_reads() -> None:
     tensors = (
         Tensor("x", ("batch", "cin", "row")),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from helpers import meshwright
+from meshwright.cli.placing import PIPELINES, PLACING, graph_methods
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "operators.md").read_text()
@@ -28,3 +29,10 @@ def test_its_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert outcome.code == 0, (line, outcome.err)
         assert outcome.out.strip()
     assert (tmp_path / "block.html").read_text().startswith("<!doctype html>")
+
+
+def test_help_lists_every_method() -> None:
+    assert {*PLACING, *PIPELINES} == set(graph_methods())
+    shown = "".join(meshwright("plan", "--help").out.replace("│", " ").split())
+    for name in graph_methods():
+        assert name in shown

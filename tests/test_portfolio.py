@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 from choose_cases import brute_force, check_solved, random_instance
 from helpers import meshwright
 from meshwright.choice import cost_of
-from meshwright.io.contest import read_contest
-from meshwright.search.choose import dual, local, portfolio
+from meshwright.cli import solve as command_solve
+from meshwright.io.contest import contest_of, read_contest
+from meshwright.search.choose import apart, dual, local, portfolio
 from meshwright.search.choose.ascent import ascent
 from meshwright.search.choose.grid import grid_of
 from meshwright.search.choose.reduce import reduced
@@ -204,3 +206,71 @@ def test_a_signal_ends_it_with_the_best_so_far(number: int) -> None:
         assert len(json.loads(out.splitlines()[-1])) == 28526
     else:
         assert "no solution yet: ended by" in out
+
+
+ONE = b'{"problem": {"nodes": {"costs": [[9007199254740993, 5, 3]]}}}'
+
+
+def test_a_signal_to_the_whole_group_leaves_no_traceback(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.json")
+    process = subprocess.Popen(
+        command(tmp_path / "x.json"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    with open(tmp_path / "x.json", "wb"):  # opens when the solving process reads
+        os.killpg(process.pid, signal.SIGTERM)  # as `timeout` does
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (1, "no solution yet: ended by SIGTERM\n", "")
+
+
+def test_what_was_found_outlives_the_solving_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def listen(*_: Any) -> Any:
+        yield apart.Word(cost=3, peak=0, solution=(2,))
+        raise apart.Broken("killed")
+
+    monkeypatch.setattr(apart, "listen", listen)
+    (tmp_path / "x.json").write_bytes(ONE)
+    command_solve.solve(str(tmp_path / "x.json"), 5.0, out=str(tmp_path / "out"))
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == "[2]"
+    assert said.err == "the best so far: killed\n"
+    assert (tmp_path / "out").read_text() == "[2]\n"
+
+
+def test_a_killed_process_is_no_traceback() -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    theirs.close()
+    with pytest.raises(apart.Broken, match="killed for its memory"):
+        list(apart.listen(ours, time.monotonic() + 5.0))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full")
+def test_the_file_is_written_where_standard_output_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(ONE)
+    with open("/dev/full", "w") as full:
+        words = command(tmp_path / "x.json", "--out", tmp_path / "out")
+        assert subprocess.run(words, stdout=full, stderr=subprocess.PIPE).returncode != 0
+    assert (tmp_path / "out").read_text() == "[2]\n"
+
+
+def test_a_choice_that_was_put_off_is_told_without_another() -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    teller = apart._Teller(contest_of(ONE), theirs)
+    teller.tell(Solved(np.array([1]), 5.0, 0.0))
+    assert ours.recv().cost == 5
+    teller.checking_s = apart.CHECKING_SHARE * (time.monotonic() - teller.began_s + 0.2)
+    teller.tell(Solved(np.array([2]), 3.0, 0.0))
+    assert not ours.poll()
+    assert ours.poll(10.0)
+    assert ours.recv().solution == (2,)
+    teller.tell(Solved(np.array([2]), 3.0, 3.0), final=True)
+
+
+def test_a_bound_in_floats_is_not_above_the_exact_optimum() -> None:
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    optimum = 2**53 + 3  # the double next to it is one more
+    contest = contest_of(json.dumps({"problem": {"nodes": {"costs": [[optimum]]}}}).encode())
+    assert cost_of(contest.instance, np.array([0])) == optimum + 1
+    apart._Teller(contest, theirs).tell(Solved(np.array([0]), optimum + 1.0, optimum + 1.0), final=True)
+    assert optimum * (1 - 1e-9) < ours.recv().lower_bound <= optimum

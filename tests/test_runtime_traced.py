@@ -199,3 +199,31 @@ def _extended(rank: int, size: int) -> int:
 
 def test_halos_of_any_width_and_their_gradients() -> None:
     assert on_ranks(4, _extended) == [36] * 4
+
+
+class Masked(nn.Module):
+    """A mask of documents and a number for each sequence, both made of the batch's size by `arange`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, length = x.shape[:2]
+        places = torch.arange(length, device=x.device)
+        documents = (places // 4).unsqueeze(0).expand(count, -1).cumsum(-1)
+        rows = torch.arange(count, device=x.device)[:, None, None]
+        mask = documents[rows, places[None, :, None]] >= documents[rows, places[None, None, :]]
+        number = torch.arange(count, device=x.device, dtype=x.dtype)[:, None, None]
+        scores = (self.proj(x) @ x.transpose(1, 2)).masked_fill(~mask, -1e9)
+        mixed: Tensor = scores.softmax(-1) @ x + number
+        return mixed
+
+
+def test_constants_of_the_batch_are_those_of_the_batch_that_runs() -> None:
+    with torch.device("meta"):
+        traced = traced_module(Masked(), (torch.empty(2, 8, 8),), name="masked")
+    found = setting("masked", traced, (2,))
+    splits = found.space.splits(np.zeros(len(found.space.nodes), dtype=int))
+    for each in compare([Subject(traced, 6)], [Plan(0, found.mesh, splits)]):
+        assert each.agrees, each

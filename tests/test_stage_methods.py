@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ from meshwright.cluster import preset_cluster
 from meshwright.engine import load_engine
 from meshwright.errors import InputError
 from meshwright.io.models import load_model
-from meshwright.search.choose.solver import within
+from meshwright.search.choose.solver import Deadline, within
 from meshwright.search.graph_method import GRAPH_METHODS, GraphAnswer, GraphQuestion
 from meshwright.search.pipelines import (
     alpa,
@@ -30,11 +31,12 @@ from meshwright.search.pipelines import (
     random_stages,
     rannc,
 )
-from meshwright.search.pipelines.answer import Asked
+from meshwright.search.pipelines.answer import Asked, StageAnswer
 from meshwright.search.pipelines.dynamic import least_longest_turn, least_pipeline_time, longest_turns
 from meshwright.search.pipelines.exhaustive_stages import contiguous_plans, num_plans
 from meshwright.search.pipelines.groups import made_acyclic
 from meshwright.search.pipelines.lattice import chain, downsets, stage_table
+from meshwright.search.pipelines.planning import TwoLevel
 from meshwright.search.pipelines.pricing import group_sizes
 from meshwright.search.pipelines.random_stages import Draw
 from meshwright.search.pipelines.rannc import block_starts
@@ -468,3 +470,33 @@ def test_time_limits_are_kept() -> None:
     answer = GRAPH_METHODS["alpa"](question)
     assert answer.cpu_s < 5
     assert len(answer.found) <= 1
+
+
+def test_what_the_time_limit_left_out_is_said_and_nothing_is_proven() -> None:
+    question = question_of("llama-tiny", "dgx-h100x1", 8, 128, deadline=within(0.0))
+    answer = GRAPH_METHODS["alpa"](question)
+    assert not answer.certificate.exhaustive
+    assert "tried: 8 (no time for 1, 2, 4)" in answer.certificate.statement
+    answer = GRAPH_METHODS["pipedream"](question)  # one sequence is not shared out, and there are but seven blocks
+    assert answer.found == ()
+    assert not answer.certificate.exhaustive
+    assert any("before 1, 2, 4 microbatches were tried" in reason for reason in answer.reasons)
+    assert GRAPH_METHODS["layerwise"](replace(question, deadline=Deadline())).certificate.exhaustive
+
+
+def test_an_interrupt_leaves_the_best_so_far() -> None:
+    asked_for = []
+
+    def method(problem: StageProblem, asked: Asked) -> StageAnswer:
+        asked_for.append(problem.num_microbatches)
+        if len(asked_for) == 2:
+            raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+        return alpa(problem, asked)
+
+    answer = TwoLevel("interrupted", method)(question_of("llama-tiny", "dgx-h100x1", 8, 128))
+    assert asked_for == [8, 4]
+    assert len(answer.found) == 1
+    assert answer.lower_bound_s == -math.inf
+    assert "tried: 8 (no time for 1, 2, 4)" in answer.certificate.statement
+    with pytest.raises(SystemError):
+        TwoLevel("broken", mock.Mock(side_effect=SystemError))(question_of("llama-tiny", "dgx-h100x1", 8, 128))

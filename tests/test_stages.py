@@ -271,6 +271,7 @@ def test_plans_of_equal_stages_are_legal_strategies() -> None:
 
 def test_numbers_of_microbatches_divide_the_batch() -> None:
     assert microbatch_counts(Workload(96, 1)) == (1, 2, 4, 8, 16, 32, 96)
+    assert microbatch_counts(Workload(8, 1), 3) == (1, 4, 8)  # one batch without a pipeline is always tried
     with pytest.raises(InputError, match=r"must divide the batch of 64 \(nearest: 4\)"):
         stage_problem_of(GRAPH, CLUSTER, load_engine("unknown"), WORKLOAD, 5)
     with pytest.raises(InputError, match="must divide the batch of 64"):

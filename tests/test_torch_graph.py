@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,52 @@ def test_tied_parameters_count_once() -> None:
 
 def test_batch_of_one_is_traced_with_two() -> None:
     assert torch_graph.traced_module(nn.Linear(4, 4), (torch.zeros(1, 4),)).program.batch == 2
+
+
+def test_a_module_with_data_keeps_it_and_its_ties() -> None:
+    embedding, head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+    head.weight = embedding.weight
+    before = head.weight.detach().clone()
+    graph = torch_graph.traced_module(nn.Sequential(embedding, head), (torch.zeros(2, 3, dtype=torch.long),)).graph
+    assert graph.num_parameters == before.numel()
+    assert torch.equal(head.weight, before)
+    assert head.weight is embedding.weight
+
+
+def test_vmap_is_named() -> None:
+    class Mapped(nn.Linear):
+        def forward(self, x: torch.Tensor) -> Any:
+            return torch.vmap(super().forward)(x)
+
+    with pytest.raises(InputError, match=r"torch\.vmap .*write it over the whole batch"):
+        torch_graph.traced_module(Mapped(4, 4), (torch.zeros(2, 3, 4),))
+
+
+@pytest.mark.parametrize("cell", [nn.GRUCell, nn.LSTMCell, nn.RNNCell])
+def test_an_operator_without_a_rule_that_is_made_of_others_is_read_as_these(cell: Any) -> None:
+    module, inputs = cell(6, 5), (torch.ones(4, 6),)
+    found = torch_graph.traced_module(module, inputs)
+    assert not found.warnings
+    assert found.graph.forward_flops(4, 1) == counted_flops(module, inputs) > 0
+    assert found.graph.forward_flops(12, 1) == 3 * found.graph.forward_flops(4, 1)
+
+
+@dataclass
+class Outcome:
+    scores: torch.Tensor
+    loss: torch.Tensor
+
+
+class Dataclass(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        scores = super().forward(x)
+        return Outcome(scores, scores.mean())
+
+
+def test_a_forward_may_return_a_dataclass() -> None:
+    module = Dataclass(4, 3)
+    assert len(torch_graph.traced_module(module, (torch.zeros(2, 4),)).program.outputs) == 2
+    assert isinstance(module(torch.zeros(2, 4)), Outcome)
 
 
 def test_loading_presets_does_not_import_torch() -> None:

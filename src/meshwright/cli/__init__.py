@@ -33,7 +33,7 @@ EXTRAS = {
 
 def main() -> None:
     """Run the command line; bad input ends with one clear message and status 2."""
-    from meshwright.errors import InputError, MeshwrightError
+    from meshwright.errors import InputError, MeshwrightError, is_interrupt
 
     try:
         app()
@@ -49,7 +49,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: this needs {missing}: pip install 'meshwright[{EXTRAS[missing]}]'\n")
         sys.exit(2)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemError) as error:
+        if not is_interrupt(error):
+            raise
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     except BrokenPipeError:

@@ -266,8 +266,21 @@ def strategy_inputs(
         folds_experts=inputs.engine.defaults.folds_experts,
     )
     named = [faults.of(partial(read, one)) for one in given]
+    for one in named:
+        if one is not None:
+            faults.of(
+                partial(check_one_mesh, one.strategy, "estimated where they are planned; the plan has the estimate")
+            )
     faults.refuse()
     return inputs, named
+
+
+def check_one_mesh(strategy: Strategy, says: str) -> None:
+    """Raise `InputError` where stages have meshes of their own, and say what such stages are."""
+    from meshwright.errors import InputError, Problem
+
+    if any(stage.splits for stage in strategy.stages):
+        raise InputError([Problem("strategy", "stages[].splits", f"stages with meshes of their own are {says}")])
 
 
 def fix_of(inputs: Inputs, named: NamedStrategy, found: Estimate) -> str | None:

@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from meshwright.cli.common import (
-    AsJson,
-    app,
-    new_console,
-    print_json,
-)
-
-if TYPE_CHECKING:
-    pass
+from meshwright.cli.common import AsJson, app, new_console, print_json
+from meshwright.cli.placing import OPERATOR_SPACE, graph_methods
 
 
 @app.command()
@@ -31,6 +24,8 @@ def presets(as_json: AsJson = False) -> None:
     from meshwright.search.method import METHODS
     from meshwright.search.space import SPACES
 
+    methods, spaces = [*METHODS, *graph_methods()], [*SPACES, OPERATOR_SPACE]
+
     models = {name: load_model(name).num_parameters for name in model_presets()}
     clusters = cluster_templates()
     if as_json:
@@ -44,8 +39,8 @@ def presets(as_json: AsJson = False) -> None:
                 ],
                 "engines": list(engine_names()),
                 "schedules": list(SCHEDULES),
-                "methods": list(METHODS),
-                "spaces": list(SPACES),
+                "methods": methods,
+                "spaces": spaces,
             },
         )
         return
@@ -65,7 +60,7 @@ def presets(as_json: AsJson = False) -> None:
             padding=(0, 3),
         )
     )
-    listed = {"engines": engine_names(), "schedules": SCHEDULES, "methods": METHODS, "spaces": SPACES}
+    listed = {"engines": engine_names(), "schedules": SCHEDULES, "methods": methods, "spaces": spaces}
     for title, names in listed.items():
         console.print(f"\n[bold]{title}[/bold]  {', '.join(names)}")
 

@@ -12,6 +12,7 @@ from meshwright.cli.common import (
     AsJson,
     Inputs,
     app,
+    check_one_mesh,
     check_trace_name,
     heading,
     new_console,
@@ -58,6 +59,7 @@ def run(
     if trace:
         check_trace_name(trace)
     asked = read_run(request)
+    check_one_mesh(asked.named.strategy, "planned and predicted, not run")
     graph, named, workload = asked.graph, asked.named, asked.workload
     cluster_text = cluster or f"local-cpux{named.strategy.num_devices}"
     machine = read_cluster(cluster_text)

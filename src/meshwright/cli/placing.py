@@ -25,6 +25,38 @@ AXES = ("x", "y", "z")
 OPERATOR_SPACE = "operator"
 DEFAULT_METHOD = "operators"
 
+#: The methods for graphs, as --help lists them without loading them: on one mesh, and in stages.
+PLACING = (
+    "operators",
+    "elimination",
+    "ilp",
+    "beam",
+    "annealing",
+    "portfolio",
+    "flexflow",
+    "double_recursive",
+    "tensoropt",
+    "gspmd",
+    "data_parallel",
+    "fsdp",
+    "megatron",
+    "random_operators",
+    "exhaustive_operators",
+)
+PIPELINES = (
+    "alpa",
+    "pipedream",
+    "piper",
+    "rannc",
+    "ftpipe",
+    "gpipe",
+    "greedy",
+    "metis",
+    "layerwise",
+    "random_stages",
+    "exhaustive_stages",
+)
+
 
 @dataclass(frozen=True)
 class Wishes:
@@ -152,7 +184,15 @@ def plan_graph(inputs: Inputs, wishes: Wishes, out: str, as_json: bool) -> None:
     found = answer.found[: wishes.top]
     if out and found:
         best = found[0]
-        write_plan(out, inputs, best.strategy, best.estimate, answer.certificate, workload=inputs.workload)
+        write_plan(
+            out,
+            inputs,
+            best.strategy,
+            best.estimate,
+            answer.certificate,
+            workload=inputs.workload,
+            shorthand=_shorthand(inputs, best),
+        )
     if wishes.figure and found:
         _draw(wishes.figure, inputs, answer)
     if as_json:
@@ -175,7 +215,7 @@ def _draw(path: str, inputs: Inputs, answer: GraphAnswer) -> None:
 def _json(inputs: Inputs, answer: GraphAnswer, found: Sequence[Placed]) -> dict[str, Any]:
     entries = [
         {
-            "shorthand": "",
+            "shorthand": _shorthand(inputs, placed),
             "strategy": asdict(placed.strategy),
             "estimate": asdict(placed.estimate),
             "objective": placed.objective,
@@ -209,6 +249,16 @@ def _json(inputs: Inputs, answer: GraphAnswer, found: Sequence[Placed]) -> dict[
         },
         "reasons": list(answer.reasons),
     }
+
+
+def _shorthand(inputs: Inputs, placed: Placed) -> str:
+    """The degrees that a strategy comes down to, where it does."""
+    from meshwright.strategy import shorthand_of
+
+    strategy = placed.strategy
+    if strategy.is_placed or any(stage.splits for stage in strategy.stages):
+        return ""
+    return str(shorthand_of(strategy, inputs.graph) or "")
 
 
 def _finite(value: float) -> float | None:

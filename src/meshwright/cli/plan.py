@@ -28,7 +28,16 @@ from meshwright.cli.common import (
     registered,
     write_plan,
 )
-from meshwright.cli.placing import DEFAULT_METHOD, OPERATOR_SPACE, Wishes, graph_methods, plan_graph, wish_problems
+from meshwright.cli.placing import (
+    DEFAULT_METHOD,
+    OPERATOR_SPACE,
+    PIPELINES,
+    PLACING,
+    Wishes,
+    graph_methods,
+    plan_graph,
+    wish_problems,
+)
 
 if TYPE_CHECKING:
     from meshwright.errors import Problem
@@ -48,7 +57,8 @@ def plan(
     method: Annotated[
         str | None,
         typer.Option(
-            help="How to look: exhaustive (degrees); operators, alpa, flexflow, pipedream ... (operator graphs).",
+            help="How to look. Degrees: exhaustive. "
+            f"Operator by operator: {', '.join(PLACING)}. In stages: {', '.join(PIPELINES)}.",
             show_default="exhaustive; operators for traced models",
         ),
     ] = None,
@@ -100,24 +110,27 @@ def plan(
     faults = Faults()
     faults.of(lambda: _check_objective(objective))
     faults.of(lambda: _check_one_stdout(out, as_json))
-    if faults.of(lambda: _is_of_graphs(model, method, space)):
-        wishes = Wishes(
-            method=method or DEFAULT_METHOD,
-            objective=objective,
-            mesh=mesh,
-            microbatches=microbatches,
-            annotations=annotate or (),
-            cuts=cuts,
-            recompute=recompute,
-            time_limit_s=time_limit,
-            seed=seed,
-            top=top,
-            figure=figure,
-        )
+    wishes = Wishes(
+        method=method or DEFAULT_METHOD,
+        objective=objective,
+        mesh=mesh,
+        microbatches=microbatches,
+        annotations=annotate or (),
+        cuts=cuts,
+        recompute=recompute,
+        time_limit_s=time_limit,
+        seed=seed,
+        top=top,
+        figure=figure,
+    )
+    is_of_graphs = faults.of(lambda: _is_of_graphs(model, method, space))
+    if is_of_graphs:
         faults.problems += wish_problems(wishes)
         faults.problems += _not_of_graphs(space, fix, largest)
         plan_graph(read_inputs(model, cluster, global_batch, seq_len, engine, precision, faults), wishes, out, as_json)
     else:
+        if is_of_graphs is not None:  # else the method is the problem
+            faults.problems += _of_graphs_alone(wishes)
         chosen = method if method and method in _degree_methods() else "exhaustive"
         degrees = _Degrees(chosen, space or "uniform", fix, largest, objective, top)
         _plan_degrees(
@@ -151,7 +164,7 @@ def _is_of_graphs(model: str, method: str | None, space: str | None) -> bool:
     from meshwright.io.models import is_traced
 
     if method is None:
-        return space == OPERATOR_SPACE if space else is_traced(model)
+        return space == OPERATOR_SPACE or is_traced(model)
     if method in _degree_methods():
         if is_traced(model):
             rule = f"looks at degrees, which {model} has not: its operators are placed one by one"
@@ -172,6 +185,27 @@ def _not_of_graphs(space: str | None, fix: str, largest: str) -> list[Problem]:
     if space not in (None, OPERATOR_SPACE):
         problems.append(Problem("--space", str(space), "this method looks at operator graphs", OPERATOR_SPACE))
     return problems
+
+
+def _of_graphs_alone(wishes: Wishes) -> list[Problem]:
+    """Options that mean nothing where degrees are looked at."""
+    from meshwright.errors import Problem
+
+    given = {
+        "--mesh": wishes.mesh,
+        "--microbatches": wishes.microbatches or "",
+        "--annotate": " ".join(wishes.annotations),
+        "--cuts": wishes.cuts,
+        "--recompute": wishes.recompute or "",
+        "--time-limit": wishes.time_limit_s if math.isfinite(wishes.time_limit_s) else "",
+        "--figure": wishes.figure,
+    }
+    rule = "is for methods that place operators; here degrees are looked at"
+    return [
+        Problem(name, "" if value is True else str(value), rule, f"--method {DEFAULT_METHOD}")
+        for name, value in given.items()
+        if value != ""
+    ]
 
 
 def _plan_degrees(wanted: _Degrees, read: Callable[[], Inputs], faults: Faults, out: str, as_json: bool) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,7 +64,7 @@ def solve(
 ) -> None:
     """Choose one strategy for each node at the least cost within the memory limit; print it with a lower bound."""
     from meshwright.io.contest import content_of
-    from meshwright.search.choose.apart import Request, Word, listen, solving
+    from meshwright.search.choose.apart import Broken, Request, Word, listen, solving
     from meshwright.search.choose.solver import Deadline
 
     began_s = _began_s()
@@ -84,11 +85,28 @@ def solve(
                         )
         except Ended as signalled:
             ended_by = str(signalled)
+        except Broken as broken:
+            if word.cost is None:
+                raise
+            word = replace(word, reasons=(*word.reasons, f"the best so far: {broken}"))
         _ignore(SIGNALS)
         _answer(word, ended_by, out, as_json, began_s, {"solver": solver, "seed": seed, "time_limit_s": time_limit})
 
 
 def _answer(word: Word, ended_by: str, out: str, as_json: bool, began_s: float, asked: dict[str, Any]) -> None:
+    """Say it, and write the solution to its file whatever becomes of what is said."""
+    try:
+        _say(word, ended_by, as_json, began_s, asked)
+    finally:
+        if out and word.cost is not None:
+            from meshwright.io.native import write_text
+
+            write_text(f"{list(word.solution)}\n", out)
+    if word.cost is None:
+        raise typer.Exit(1)
+
+
+def _say(word: Word, ended_by: str, as_json: bool, began_s: float, asked: dict[str, Any]) -> None:
     solution, reasons = list(word.solution), list(word.reasons)
     if word.cost is None and not word.infeasible:
         reasons = [f"no solution yet: ended by {ended_by}", *reasons]
@@ -116,12 +134,6 @@ def _answer(word: Word, ended_by: str, out: str, as_json: bool, began_s: float, 
         told = "".join(f"{reason}\n" for reason in reasons) if word.cost is None else _told(word, bound, gap, began_s)
         sys.stdout.write(f"{told}{solution}\n" if word.cost is not None else told)
     sys.stdout.flush()
-    if out and word.cost is not None:
-        from meshwright.io.native import write_text
-
-        write_text(f"{solution}\n", out)
-    if word.cost is None:
-        raise typer.Exit(1)
 
 
 def _told(word: Word, bound: Any, gap: float | None, began_s: float) -> str:

@@ -217,6 +217,10 @@ def price_operator(
     traffic_s = num_bytes / pricing.rates.memory_Bps
     if operator.kind == "attention":
         return _attention(operator, local, num_bytes, pricing)
+    if len(operator.contractions) > 1:
+        price = _products_of_weights(block, operator, local, num_bytes, pricing, is_end=is_end)
+        if price is not None:
+            return price
     if operator.contractions:
         return _product(block, layout, peers or [layout], num_bytes, pricing, is_end=is_end)
     if operator.kind in pricing.engine.fused_kinds:
@@ -303,14 +307,53 @@ def _product(
         slowed = (1 + half_depth / depth) * (1 + constants.half_rate_area / area)
         return np.maximum(flops / rate * slowed, traffic_s) + constants.kernel_s * share
 
-    weights = [block.tensor[name].role is Role.PARAMETER for name in operator.inputs]
-    backward = [
-        seconds(frozenset(dims) & product, not is_weight)
-        for dims, is_weight in zip(operator.input_dims, weights, strict=True)
+    # What is added to the result (a bias) is no factor: its gradient is a sum, not a product. Nor are indices.
+    added = frozenset(operator.output_dims[0])
+    factors = [
+        (frozenset(dims) & product, block.tensor[name].role is Role.PARAMETER)
+        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
+        if not (block.tensor[name].role is Role.PARAMETER and frozenset(dims) <= added)
+        and not block.tensor[name].dtype.startswith(("int", "uint", "bool"))
     ]
+    weights = [is_weight for _, is_weight in factors]
+    backward = [seconds(dims, not is_weight) for dims, is_weight in factors]
     forward_s = seconds(product - operator.contracted, False) + share * cast_in_s
     weight_s = sum(seconds for seconds, is_weight in zip(backward, weights, strict=True) if is_weight)
     return OperatorPrice(operator.name, flops, num_bytes, forward_s, sum(backward) + cast_out_s, weight_s)
+
+
+def _products_of_weights(
+    block: Block, operator: Operator, local: Mapping[str, Any], num_bytes: Any, pricing: Pricing, *, is_end: bool
+) -> OperatorPrice | None:
+    """Several contractions in one operator, each of a weight of its own (a recurrent layer): each priced as a product
+    of all its steps at once, forward, for the input's and for the weight's gradient. None where they are not so."""
+    weights = [
+        dims
+        for name, dims in zip(operator.inputs, operator.input_dims, strict=True)
+        if block.tensor[name].role is Role.PARAMETER and len(dims) == 2
+    ]
+    rate, half_depth = _rate(block, operator, local, pricing, is_end=is_end)
+    traffic_s = num_bytes / pricing.rates.memory_Bps / len(operator.contractions)
+    forward_s: Any = 0.0
+    input_s: Any = 0.0
+    weight_s: Any = 0.0
+    for text in operator.contractions:
+        product = frozenset(text.split())
+        weight = next((dims for dims in weights if product.issuperset(dims)), None)
+        if weight is None:
+            return None
+        flops = 2 * _numel(product, local)
+        rows, columns = weight
+
+        def seconds(results: frozenset[str], flops: Any = flops, product: frozenset[str] = product) -> Any:
+            slowed = 1 + half_depth / _numel(product - results, local)
+            slowed = slowed * (1 + pricing.constants.half_rate_area / _numel(results, local))
+            return np.maximum(flops / rate * slowed, traffic_s) + pricing.constants.kernel_s
+
+        forward_s = forward_s + seconds(product - {columns})
+        input_s = input_s + seconds(product - {rows})
+        weight_s = weight_s + seconds(frozenset(weight))
+    return OperatorPrice(operator.name, _flops(operator, local), num_bytes, forward_s, input_s + weight_s, weight_s)
 
 
 def is_quantized(block: Block, operator: Operator, pricing: Pricing, *, is_end: bool) -> bool:

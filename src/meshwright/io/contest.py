@@ -15,6 +15,7 @@ import gzip
 import math
 import sys
 import zlib
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ from meshwright.units import GiB, format_bytes
 
 #: A cost from which on it forbids the strategy, or the pair of strategies [spec: the contest's format].
 INFINITE_COST = 10**18
+
+#: From this limit on the tolerance of `choice.is_legal`, 1e-12 of it, might let whole usages exceed it by one.
+LARGE_LIMIT = 5e11
 
 MAX_CONTENT_BYTES = 2 * GiB  # of JSON, unpacked: ten times the largest instance of the contest
 
@@ -86,7 +90,8 @@ def _instance(data: Any) -> Instance | None:
         first_N, cost_C = _flat(costs)
         num_nodes = len(costs)
         usages = nodes.get("usages")
-        intervals = _whole(nodes["intervals"], 2) if usages and "intervals" in nodes else np.zeros((num_nodes, 2), int)
+        given = nodes.get("intervals") if usages else None
+        intervals = _whole(given, 2) if given else np.zeros((num_nodes, 2), int)
         usage_first, usage = _flat(usages) if usages else (np.zeros(num_nodes + 1, dtype=np.int64), np.zeros(0))
         arity = np.fromiter(map(len, edges["nodes"]), np.int64, len(edges["nodes"]))
         if (arity < 2).any():  # a cost of one node
@@ -126,15 +131,22 @@ def _instance(data: Any) -> Instance | None:
         intervals_U=intervals[lasting],
         usage_first_U=np.concatenate([[0], np.cumsum(np.diff(usage_first)[lasting])]),
         usage_V=usage[kept_V],
-        limit=math.inf if limit is None else float(limit),
+        limit=math.inf if limit is None else _limit(limit, usage),
     )
+
+
+def _limit(limit: float, usage: Array) -> float:
+    """The limit. A large one is lowered such that with its tolerance it ends half way to the next whole usage."""
+    if limit < LARGE_LIMIT or not np.array_equal(usage, np.floor(usage)):
+        return float(limit)
+    return (math.floor(limit) + 0.5) * (1 - 1e-12)
 
 
 def _flat(rows: list[list[Any]]) -> tuple[Array, Array]:
     """Where each row starts (and the last ends), and all rows in one array. Raises where an entry is no number."""
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     first = np.concatenate([[0], np.cumsum(lengths)])
-    values = np.fromiter(chain.from_iterable(rows), np.float64, int(first[-1]))
+    values = np.array(array("d", chain.from_iterable(rows)))  # NumPy itself would take "5" for 5
     if len(rows) and not all(type(row) is list for row in rows):
         raise TypeError("rows are lists")
     return first, values

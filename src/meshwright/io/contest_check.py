@@ -84,4 +84,5 @@ def _peak(nodes: Mapping[str, Any], solution: Sequence[int]) -> tuple[int, Numbe
 
 
 def _exact(value: int | float) -> Number:
-    return value if type(value) is int else int(value) if float(value).is_integer() else Fraction(value)
+    """The number as the file has it: 0.1 is a tenth, not the double next to it."""
+    return value if type(value) is int else int(value) if float(value).is_integer() else Fraction(repr(value))

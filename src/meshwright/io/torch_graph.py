@@ -7,6 +7,7 @@ torch, and only when called. A saved `.pt2` is looked at before it is opened: no
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -20,7 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from meshwright.clock import timed
 from meshwright.errors import InputError, Problem, nearest_name
 from meshwright.graph import Role
 from meshwright.io.layers import BLOCK, LayersDiffer, expanded, placeholders
+from meshwright.io.rules import rule_of
 from meshwright.io.traced import Call, Program, Traced, Value, needed
 
 if TYPE_CHECKING:
@@ -341,7 +343,8 @@ def _exported(
         return torch.empty(shape, dtype=value.dtype, device="meta")
 
     args, kwargs = _pytree.tree_map(on_meta, (args, kwargs))
-    module = _on_meta(module)
+    module = _on_meta(module, where)
+    returned = module.register_forward_hook(_fields)
     with _without_caches(module), _silence(), torch.device("meta"):
         try:
             spared: Any = placeholders(module, torch) if equal_layers_once else nullcontext({})
@@ -353,17 +356,39 @@ def _exported(
             raise
         except Exception as error:  # torch raises errors of many kinds
             raise InputError([_export_problem(error, where)]) from None
+        finally:
+            returned.remove()
 
 
-def _on_meta(module: Any) -> Any:
-    """The module with all its tensors on the meta device, those too that are plain attributes."""
+def _on_meta(module: Any, where: str) -> Any:
+    """The module with all its tensors on the meta device, those too that are plain attributes: a copy where one of them
+    has data, so that the caller keeps them. `Module.to("meta")` would part tied parameters."""
     torch = _torch()
-    module = module.to("meta")
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":
-                setattr(part, name, value.to("meta"))
-    return module
+    tensors = [
+        tensor for part in module.modules() for tensor in vars(part).values() if isinstance(tensor, torch.Tensor)
+    ]
+    tensors += [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta":
+            found = torch.empty_like(tensor, device="meta", requires_grad=False)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(found, tensor.requires_grad) if is_parameter else found
+    if not memo:
+        return module
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:  # what cannot be copied says so in many ways
+        rule = f"has data and cannot be copied without: {_first_line(error)}; make it under torch.device('meta')"
+        raise InputError([Problem(where, type(module).__name__, rule)]) from None
+
+
+def _fields(_module: Any, _args: Any, outcome: Any) -> Any:
+    """What a forward returns, a dataclass as its fields: `torch.export` knows those only that were registered."""
+    from torch.utils import _pytree
+
+    is_unknown = is_dataclass(outcome) and not isinstance(outcome, type) and _pytree.tree_is_leaf(outcome)
+    return {item.name: getattr(outcome, item.name) for item in fields(outcome)} if is_unknown else outcome
 
 
 @contextmanager
@@ -443,11 +468,48 @@ def exported_program(
         if runs:
             raise LayersDiffer from None
         with _silence():
-            return _Reader(exported.run_decompositions({}), name, batch, where).program()
+            exported = exported.run_decompositions({})
+        return exported_program(exported, name, batch, where)
+    except _Composite as error:
+        if runs:
+            raise LayersDiffer from None
+        with _silence():
+            exported = exported.run_decompositions(error.table)
+        return _Reader(exported, name, batch, where, are_parts_read=True).program()
+
+
+class _Composite(Exception):
+    """Operators without a rule that PyTorch writes as several others (a GRU cell): these are read in their place."""
+
+    def __init__(self, table: dict[Any, Any]) -> None:
+        super().__init__()
+        self.table = table
 
 
 class _Mutation(Exception):
     """A tensor is changed in place that others see; only a functional form of the program can say what they see."""
+
+
+def _composites(module: Any) -> dict[Any, Any]:
+    """How PyTorch decomposes those operators of a graph that make floats and that no rule knows, where it can. (What
+    masks and positions are made of needs no rule.)"""
+    torch = sys.modules["torch"]
+
+    def is_float(value: Any) -> bool:
+        first = value[0] if isinstance(value, (tuple, list)) and value else value
+        return isinstance(first, torch.Tensor) and (first.is_floating_point() or first.is_complex())
+
+    graphs = [part.graph for part in module.modules() if isinstance(part, torch.fx.GraphModule)]
+    nodes = [node for graph in graphs for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    unknown = {
+        node.target
+        for node in nodes
+        if is_float(node.meta.get("val"))
+        and rule_of(_functional(str(node.target))) is None
+        and node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    }
+    known = torch.export.default_decompositions() if unknown else {}
+    return {target: known[target] for target in unknown if target in known}
 
 
 _DTYPES: dict[Any, str] = {}
@@ -468,6 +530,7 @@ class _Reader:
     batch: int
     where: str
     runs: Mapping[int, tuple[str, list[str]]] = field(default_factory=dict)
+    are_parts_read: bool = False
     values: dict[str, Value] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     owners: dict[int, str] = field(default_factory=dict)
@@ -481,6 +544,8 @@ class _Reader:
         tied: dict[int, list[str]] = {}
         for node in graph.find_nodes(op="placeholder"):
             made[node] = self._placeholder(node, specs[node.name], tied)
+        if not self.are_parts_read and (composites := _composites(self.exported.graph_module)):
+            raise _Composite(composites)
         outputs = self._nodes(self.exported.graph_module, made, grad=True)
         mutated = {
             spec.arg.name
@@ -574,6 +639,9 @@ class _Reader:
         if not isinstance(target, torch._ops.OpOverload):
             if target.__name__ == "_set_grad_enabled" or "val" not in node.meta:
                 return None
+            if "functorch" in (target.__module__ or ""):
+                rule = f"torch.vmap and other function transforms cannot be read{_node_place(node)}"
+                raise InputError([Problem(self.where, "", f"{rule}; write it over the whole batch")])
             rule = f"{getattr(target, '__name__', target)} depends on data{_node_place(node)}"
             raise InputError([Problem(self.where, "", f"its control flow or shapes depend on data: {rule}")])
         return self._operator(node, target, made, grad)

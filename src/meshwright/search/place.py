@@ -27,13 +27,11 @@ from meshwright.search.choose import ilp as _ilp  # noqa: F401
 from meshwright.search.choose.chain import chain, min_plus
 from meshwright.search.choose.elimination import eliminate, min_marginals, plan_of
 from meshwright.search.choose.obstacles import infeasible
-from meshwright.search.choose.solver import NOTHING, SOLVERS, Deadline, Solved, better, within
+from meshwright.search.choose.solver import ENDLESS, NOTHING, SOLVERS, Deadline, Solved, better, within
 from meshwright.search.operators import BlockPart, OperatorSpace, operator_space
 from meshwright.strategy import PLACED_AXES, MeshAxis, Strategy
 from meshwright.units import format_bytes
 from meshwright.workload import Workload
-
-NO_DEADLINE = Deadline()
 
 #: A gap below this is rounding.
 EXACT = 1e-9
@@ -97,7 +95,7 @@ def place(
     with_state: bool = False,
     with_recompute: bool = False,
     is_closed: bool = False,
-    deadline: Deadline = NO_DEADLINE,
+    deadline: Deadline = ENDLESS,
     seed: int = 0,
 ) -> Placing:
     """The best plan of a graph on a mesh (or on a cluster's own, `mesh_of`); see `operator_space` for the options.

@@ -39,6 +39,7 @@ class Naming:
     constants: set[str] = field(default_factory=set)
     readings: dict[str, Reading] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    batch: int = -1
 
     @staticmethod
     def of(program: Program, sections: Sequence[Section]) -> Naming:
@@ -68,7 +69,7 @@ class Naming:
                 self._value_dims(name)
 
     def _read_inputs(self) -> None:
-        batch = self.atoms.new(self.program.batch)
+        batch = self.batch = self.atoms.new(self.program.batch)
         self.atoms.whole.add(batch)
         self.hints.append((batch, "batch"))
         for name in self.program.inputs:
@@ -97,6 +98,8 @@ class Naming:
         assert len(pattern.operands) == len(call.inputs), (call, pattern)
         assert len(pattern.results) == len(call.outputs), (call, pattern)
         pattern = self._joined(call, pattern)
+        if not pattern.known:
+            self._keep_batch(call)
         self.patterns[call.name] = pattern
         fixed = all(self.roles[name] is Role.BUFFER for name in call.inputs) and not pattern.contractions
         if pattern.constant or fixed:
@@ -106,6 +109,17 @@ class Naming:
             self.roles |= dict.fromkeys(call.outputs, self.roles[call.inputs[0]])
             if self.roles[call.inputs[0]] is Role.INPUT:
                 self.roles |= dict.fromkeys(call.outputs, Role.INPUT)
+
+    def _keep_batch(self, call: Call) -> None:
+        """Of an operator that no rule knows, dim 0 of a result is the batch where it is as long and an operand's is:
+        not to be split there, but of the workload's size in all that follows."""
+        batch = self.atoms.leaves([self.batch])
+        if not any(dims and self.atoms.leaves(dims[0]) == batch for dims in map(self._value_dims, call.inputs)):
+            return
+        for name in call.outputs:
+            value = self.program.values[name]
+            if value.shape and value.shape[0] == self.program.batch > 1:
+                self.atoms.join([self.batch], self.dims[name][0])
 
     def _joined(self, call: Call, pattern: Pattern) -> Pattern:
         """Join the dims of a call's values; its pattern, with labels of its own for dims whose factors do not fit."""

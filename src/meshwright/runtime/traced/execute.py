@@ -97,6 +97,10 @@ def loss_of(outputs: Iterable[Tensor]) -> Tensor:
     return total
 
 
+def _is_batch(dim: str) -> bool:
+    return dim.rstrip("'") == "batch"
+
+
 @dataclass
 class _Lying:
     """A local tensor, where it lies, and where its gradient is wanted."""
@@ -116,6 +120,7 @@ class _Run:
     leaves: dict[str, Tensor] = field(default_factory=dict)
     rests: dict[str, tuple[Factors, Rest, Placements]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
+    as_traced: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.axes = tuple(axis.name for axis in self.mesh.axes)
@@ -338,18 +343,48 @@ class _Run:
         return found
 
     def _constant(self, name: str) -> Tensor:
-        """A value that depends on no input and no parameter, whole."""
+        """A value that depends on no input and no parameter, whole. One that is the same for every sequence is made as
+        it was traced: its calls may name the batch of that time (masks by `arange`, `expand`)."""
         if name in self.whole:
             return self.whole[name]
         if name not in self.constants:
+            found = self._same_for_all(name) if self.named_sizes["batch"] != self.traced.program.batch else None
+            if found is None:
+                found = self._evaluated(name, self.constants, self.named_sizes["batch"])
+            self.constants[name] = found
+        return self.constants[name].detach()
+
+    def _same_for_all(self, name: str) -> Tensor | None:
+        """A constant for as many sequences as there are, from the one as traced; None where they differ in it."""
+        found = self._evaluated(name, self.as_traced, self.traced.program.batch)
+        factors, now = self._factors(name), self.named_sizes["batch"]
+        flat = _flat(factors)
+        found = found.reshape(self._lengths(flat, self.traced.program.batch))
+        for at, dim in enumerate(flat):
+            if _is_batch(dim):
+                if not torch.equal(found, found.narrow(at, 0, 1).expand_as(found)):
+                    return None
+                found = found.narrow(at, 0, 1).expand(*found.shape[:at], now, *found.shape[at + 1 :])
+        return found.reshape([math.prod(self._lengths(dims, now)) for dims in factors])
+
+    def _lengths(self, dims: Iterable[str], batch: int) -> list[int]:
+        return [batch if _is_batch(dim) else self._size(dim) for dim in dims]
+
+    def _evaluated(self, name: str, known: dict[str, Tensor], batch: int) -> Tensor:
+        """A constant made by its calls for a batch; `known` are those made before."""
+        if name in self.whole:
+            return self.whole[name]
+        if name not in known:
             call = self.maker[name]
-            operands = _by_argument(call, [self._constant(each) for each in call.inputs])
+            operands = _by_argument(call, [self._evaluated(each, known, batch) for each in call.inputs])
             arrays = tuple(self._factors(each) for each in call.inputs)
             results = tuple(self._factors(each) for each in call.outputs)
-            sizes = {dim: self._size(dim) for array in (*arrays, *results) for dim in _flat(array)}
-            made = run_local(LocalCall(call, operands, arrays, results, sizes))
-            self.constants.update(zip(call.outputs, made, strict=True))
-        return self.constants[name].detach()
+            dims = [dim for array in (*arrays, *results) for dim in _flat(array)]
+            made = run_local(
+                LocalCall(call, operands, arrays, results, dict(zip(dims, self._lengths(dims, batch), strict=True)))
+            )
+            known.update(zip(call.outputs, made, strict=True))
+        return known[name].detach()
 
     def _output(self, name: str, lying: Mapping[str, _Lying]) -> Tensor:
         """An output of the program, whole on every rank."""

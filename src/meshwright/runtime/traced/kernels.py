@@ -67,6 +67,15 @@ def _constant(local: LocalCall) -> tuple[Tensor, ...]:
     return invoke(local, size=local.shape())
 
 
+@kernel("arange")
+def _counted(local: LocalCall) -> tuple[Tensor, ...]:
+    start, step = local.get("start", 0), local.get("step", 1)
+    (length,) = local.shape() or [1]
+    # One that counts the sequences has as many as there are now, not as were traced.
+    is_as_traced = math.ceil((local.get("end") - start) / step) == length
+    return invoke(local) if is_as_traced else invoke(local, end=start + length * step)
+
+
 @kernel("repeat", "tile")
 def _repeated(local: LocalCall) -> tuple[Tensor, ...]:
     x, shape = local.tensor("self"), local.shape()

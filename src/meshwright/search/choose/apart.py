@@ -10,6 +10,7 @@ import importlib
 import math
 import pkgutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from meshwright.errors import InputError, Problem
+from meshwright.errors import InputError, MeshwrightError, Problem
 from meshwright.search.choose.solver import SOLVERS, Deadline, Solved
 
 if TYPE_CHECKING:
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 
 #: Of the time since the process began, at most this share is spent on checking choices that better ones will replace.
 CHECKING_SHARE = 0.05
+
+#: Between two looks at whether what was put off may be checked by now.
+LOOK_EVERY_S = 0.5
+
+#: Whole numbers up to here, and their sums, are exact in floats; a bound above may be off by this share of itself.
+EXACT_UP_TO, ROUNDING = 2**53, 1e-12
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Word:
     def infeasible(self) -> bool:
         """Whether it is proven that there is no solution."""
         return self.lower_bound == math.inf
+
+
+class Broken(MeshwrightError):
+    """The other process ended before it was done: by a fault of ours, or killed."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +95,7 @@ def listen(pipe: Connection, until_s: float) -> Iterator[Word]:
         try:
             said = pipe.recv()
         except EOFError:
-            raise RuntimeError("the solving process ended without a word; was it killed for its memory?") from None
+            raise Broken("the solving process ended without a word; was it killed for its memory?") from None
         if isinstance(said, Word):
             yield said
             if said.final:
@@ -94,11 +105,12 @@ def listen(pipe: Connection, until_s: float) -> Iterator[Word]:
         elif isinstance(said, tuple):
             raise InputError(said)
         else:
-            raise RuntimeError(said)
+            raise Broken(f"the solving process failed:\n{said}")
 
 
 def _work(request: Request, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both, and the other one answers
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and `timeout` reach both, and the other one answers
+        signal.signal(number, signal.SIG_IGN)
     try:
         from meshwright.io.contest import read_contest
 
@@ -118,22 +130,46 @@ def _work(request: Request, pipe: Connection) -> None:
 
 
 class _Teller:
-    """Checks and tells what is better than before; the first choice at once, others as long as checking is cheap."""
+    """Checks and tells what is better than before; the first choice at once, others when checking them is cheap."""
 
     def __init__(self, contest: Contest, pipe: Connection) -> None:
         self.contest, self.pipe = contest, pipe
-        self.word = Word(limit=contest.instance.limit)
+        limit = contest.problem.get("usage_limit")  # as it is in the file
+        self.word = Word(limit=math.inf if limit is None else limit)
         self.began_s, self.checking_s = time.monotonic(), 0.0
+        self.put_off: Solved | None = None
+        self.lock = threading.Lock()
+        threading.Thread(target=self._catch_up, daemon=True).start()
 
     def tell(self, found: Solved, final: bool = False) -> None:
+        with self.lock:
+            self.put_off = found
+            if final or self.word.cost is None or self._is_cheap():
+                self._say(found, final)
+
+    def _catch_up(self) -> None:
+        """Tell what was put off, which may be the last for long."""
+        while not self.word.final:
+            time.sleep(LOOK_EVERY_S)
+            with self.lock:
+                if self.put_off is not None and self._is_cheap() and not self.word.final:
+                    try:
+                        self._say(self.put_off, final=False)
+                    except OSError:  # nobody listens any more
+                        return
+
+    def _is_cheap(self) -> bool:
+        return self.checking_s < CHECKING_SHARE * (time.monotonic() - self.began_s)
+
+    def _say(self, found: Solved, final: bool) -> None:
         now_s = time.monotonic()
-        is_first = self.word.cost is None
-        if final or is_first or self.checking_s < CHECKING_SHARE * (now_s - self.began_s):
-            self.word = replace(self.word, lower_bound=found.lower_bound, reasons=found.reasons, final=final)
-            if found.choice_N is not None and (self.word.cost is None or found.cost < self.word.cost):
-                self.word = replace(self.word, **self._checked(found))
-            self.pipe.send(self.word)
-            self.checking_s += time.monotonic() - now_s
+        word = replace(self.word, reasons=found.reasons, final=final)
+        if found.choice_N is not None and (word.cost is None or found.cost < word.cost):
+            word = replace(word, **self._checked(found))
+        self.word = replace(word, lower_bound=_below(found.lower_bound, word.cost))
+        self.put_off = None
+        self.pipe.send(self.word)
+        self.checking_s += time.monotonic() - now_s
 
     def _checked(self, found: Solved) -> dict[str, Any]:
         from meshwright.io.contest_check import check_solution
@@ -144,6 +180,14 @@ class _Teller:
         if not checked.is_legal:  # a fault of ours: what passed before stands, and the fault is told
             return {"reasons": (*found.reasons, f"a choice did not pass the check: {checked.faults[0]}")}
         return {"cost": checked.cost, "peak": checked.peak, "solution": solution}
+
+
+def _below(bound: float, cost: Any) -> float:
+    """A bound in floats that is not above one in whole numbers: lowered where floats are not exact, and never above the
+    exact cost of a solution."""
+    if math.isfinite(bound) and bound > EXACT_UP_TO:
+        bound *= 1 - ROUNDING
+    return bound if cost is None or bound <= cost else cost if type(cost) is int else float(cost)
 
 
 def _method(name: str) -> Any:

@@ -46,7 +46,7 @@ class StageAnswer:
 
 StageMethod = Callable[[StageProblem, Asked], StageAnswer]
 
-NO_PLAN = "no plan of its space fits into memory"
+NO_PLAN = "no plan of its space fits into memory and takes up all devices"
 
 
 def copied(problem: StageProblem) -> StageProblem:

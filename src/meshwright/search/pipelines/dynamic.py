@@ -15,11 +15,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from meshwright.search.choose.solver import Deadline
+from meshwright.search.choose.solver import ENDLESS, Deadline
 from meshwright.search.pipelines.lattice import StageTable
 from meshwright.search.stages import Array, StagePlan
-
-NO_DEADLINE = Deadline()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ class Found:
 
 
 def least_pipeline_time(
-    table: StageTable, num_devices: int, num_microbatches: int, deadline: Deadline = NO_DEADLINE
+    table: StageTable, num_devices: int, num_microbatches: int, deadline: Deadline = ENDLESS
 ) -> Found:
     """The plan with the least sum of turns plus m - 1 times the longest (2201.12023, equation 2), exactly.
 

@@ -29,7 +29,7 @@ from meshwright.engine import Engine
 from meshwright.errors import InputError
 from meshwright.graph import Block, Graph, Role, Segment
 from meshwright.search.choose.elimination import eliminate, plan_of
-from meshwright.search.choose.solver import Deadline, within
+from meshwright.search.choose.solver import ENDLESS, Deadline, within
 from meshwright.search.operators import OperatorSpace
 from meshwright.search.pipelines.pricing import checked, group_sizes, node_size
 from meshwright.search.place import place
@@ -45,8 +45,6 @@ MEMORY_SHARES = (1.0, 0.5)
 #: Seconds that one such placement may take.
 MOST_SECONDS = 5.0
 
-NO_DEADLINE = Deadline()
-
 
 def is_named(graph: Graph) -> bool:
     """Whether a model's dims are those that the shorthand's rules split: its tokens are the dim `seq`."""
@@ -61,7 +59,7 @@ def placed_problem_of(
     num_microbatches: int,
     *,
     sizes: Sequence[int] = (),
-    deadline: Deadline = NO_DEADLINE,
+    deadline: Deadline = ENDLESS,
 ) -> StageProblem:
     """The problem of cutting a model into stages whose operators are placed one by one. At the deadline groups that
     are not yet placed are left out. Raises `InputError` where the batch does not divide."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from meshwright.errors import InputError, Problem
+from meshwright.errors import InputError, Problem, is_interrupt
 from meshwright.graph import Graph, operator_flops
 from meshwright.plan import Certificate
 from meshwright.results import Estimate
@@ -311,8 +311,10 @@ class TwoLevel:
         found: list[tuple[Placed, int]] = []
         answers: list[tuple[StageProblem, StageAnswer]] = []
         reasons: dict[str, None] = {}
-        for count in counts[::-1]:  # the most microbatches first: they need the least memory and wait the least
+        untried: tuple[int, ...] = ()
+        for index, count in enumerate(counts[::-1]):  # the most microbatches first: they need the least memory
             if answers and question.deadline.passed:
+                untried = tuple(counts[: len(counts) - index])
                 break
             tick = time.process_time()
             try:
@@ -323,7 +325,13 @@ class TwoLevel:
                 reasons[str(error)] = None  # this number is ours, not the user's
                 continue
             tock = time.process_time()
-            answer = self.method(problem, replace(asked, known_s=_known(found)))
+            try:
+                answer = self.method(problem, replace(asked, known_s=_known(found)))
+            except (KeyboardInterrupt, SystemError) as error:
+                if not found or not is_interrupt(error):
+                    raise
+                untried = tuple(counts[: len(counts) - index])  # the best so far is the answer
+                break
             phases["pricing"] += tock - tick
             phases["search"] += time.process_time() - tock
             answers.append((problem, answer))
@@ -334,10 +342,13 @@ class TwoLevel:
             found.append((self._placed(question, problem, answer), count))
             phases["strategy"] += time.process_time() - tick
         found.sort(key=lambda each: each[0].estimate.step_time_s)
-        complete = len(answers) == len(counts) or not question.deadline.passed
+        if untried:
+            reasons[f"the time limit came before {_listed(untried)} microbatches were tried: more time"] = None
+        # Where operators are placed, groups of devices are left out at the deadline.
+        complete = not untried and (is_named(question.graph) or not question.deadline.passed)
         return GraphAnswer(
             found=tuple(placed for placed, _ in found),
-            certificate=self._certificate(question, answers, found),
+            certificate=self._certificate(question, answers, found, untried, is_complete=complete),
             lower_bound_s=_bound(answers) if complete else -math.inf,
             reasons=() if found else tuple(reasons),
             elapsed_s=time.perf_counter() - started,
@@ -392,8 +403,13 @@ class TwoLevel:
         question: GraphQuestion,
         answers: Sequence[tuple[StageProblem, StageAnswer]],
         found: Sequence[tuple[Placed, int]],
+        untried: Sequence[int],
+        *,
+        is_complete: bool,
     ) -> Certificate:
-        numbers = ", ".join(str(problem.num_microbatches) for problem, _ in sorted(answers, key=_count_of))
+        numbers = _listed(sorted(problem.num_microbatches for problem, _ in answers))
+        late = f" (no time for {_listed(untried)})" if untried else ""
+        late = late or ("" if is_complete else " (some groups of devices left out at the time limit)")
         best = next((each for each in answers if found and each[0].num_microbatches == found[0][1]), None)
         says = best[1].statement if best else "no plan was found"
         return Certificate(
@@ -402,15 +418,23 @@ class TwoLevel:
             evaluator="analytic" if is_named(question.graph) else "placed",
             num_strategies=sum(answer.num_looked_at for _, answer in answers),
             num_feasible=len(found),
-            exhaustive=bool(answers) and all(answer.is_optimal or not answer.plan for _, answer in answers),
-            statement=f"numbers of microbatches tried: {numbers or 'none'}; {says}",
+            exhaustive=bool(answers)
+            and is_complete
+            and all(_is_proven(answer, _known(found)) for _, answer in answers),
+            statement=f"numbers of microbatches tried: {numbers or 'none'}{late}; {says}",
             objective=question.objective,
             seed=question.seed,
         )
 
 
-def _count_of(answered: tuple[StageProblem, StageAnswer]) -> int:
-    return answered[0].num_microbatches
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _is_proven(answer: StageAnswer, known_s: float) -> bool:
+    """Whether a plan is proven the best by its method's objective; or, without one, that none is better than what is
+    known."""
+    return answer.is_optimal if answer.plan else answer.lower_bound >= known_s
 
 
 def _known(found: Sequence[tuple[Placed, int]]) -> float:

@@ -78,15 +78,19 @@ def node_size(cluster: Cluster) -> int:
 
 
 def microbatch_counts(workload: Workload, most: int = 8) -> tuple[int, ...]:
-    """Numbers of microbatches worth trying: powers of two times what is odd in the batch, the largest ones first left
-    out where there are more than `most`.
+    """Numbers of microbatches worth trying: the powers of two that divide the batch, and the batch; where these are
+    more than `most`, so many of them evenly spread: one microbatch waits for no other, the most need the least memory.
 
     >>> microbatch_counts(Workload(global_batch=24, seq_len=1))
     (1, 2, 4, 8, 24)
+    >>> microbatch_counts(Workload(global_batch=64, seq_len=1), most=3)
+    (1, 8, 64)
     """
     batch = workload.global_batch
     twos = [2**power for power in range(batch.bit_length()) if batch % 2**power == 0]
-    return tuple(sorted({*twos, batch}))[-most:]
+    counts = sorted({*twos, batch})
+    last = len(counts) - 1
+    return tuple(counts[round(place * last / (most - 1))] for place in range(most)) if last >= most else tuple(counts)
 
 
 def stage_problem_of(

@@ -205,16 +205,18 @@ def _sharded_state(space: OperatorSpace, number: int, rows: Mapping[int, int]) -
     )
     stored = space.nodes[parameter].codes_CA[rows[parameter]]
     fixed = [[int(code) - len(node.words)] if code >= len(node.words) else None for code in stored.tolist()]
+    # Cut by outer axes too, a dim may be too short for the axis that cuts it already: then fewer of them do.
     choices = [
-        finest_row(space, node, [own if own is not None else [position] for own in fixed])
+        finest_row(space, node, [own or ([position] if axis < count else []) for axis, own in enumerate(fixed)])
         for position in range(len(node.places[0].dims))
+        for count in range(len(fixed) + 1)
     ]
     kept = [
         row
         for row in choices
         if all(own is None or node.codes_CA[row, axis] == stored[axis] for axis, own in enumerate(fixed))
     ]
-    return max(kept, key=lambda row: _pieces(space, node, row))
+    return max(kept, key=lambda row: _pieces(space, node, row), default=0)
 
 
 def _settled(posed: Posed, space: OperatorSpace, rows: Mapping[int, int], text: str) -> Found:

@@ -64,12 +64,14 @@ def track(posed: Posed) -> Found:
         case _:
             places = np.unique(np.linspace(0, len(choices) - 1, MOST_SHOWN).round().astype(int))
             chosen = [choices[place] for place in places.tolist()]
+    bound = max(bound, front.cost_F.min(initial=np.inf) - front.error if front else -np.inf)
+    is_of_time = posed.question.objective != "memory"  # of the peak over the step nothing is proven
     return Found(
         tuple(space.strategy(choice_N) for choice_N in chosen),
         f"{len(choices)} compromises between time and memory, {_how_good(front)}",
         len(everything),
-        lower_bound_s=max(bound, front.cost_F.min(initial=np.inf) - front.error if front else -np.inf),
-        exhaustive=front is not None and front.error == 0.0,
+        lower_bound_s=bound if is_of_time else -np.inf,
+        exhaustive=is_of_time and front is not None and front.error == 0.0,
     )
 
 
