@@ -52,7 +52,8 @@ def complete(posed: Posed) -> Found:
     rounds = known.spread()
     number = len(posed.question.annotations)
     reached = sum(bool(cuts) for cuts in known.cuts.values())
-    statement = f"{number} annotations spread to {reached} tensors in {rounds} rounds; nothing is optimised, no bound"
+    words = f"{number} annotation{'s' if number > 1 else ''}"
+    statement = f"{words} spread to {reached} tensors in {rounds} rounds; nothing is optimised, no bound"
     return choice_of(posed, space, known.choice(), statement)
 
 
