@@ -227,8 +227,21 @@ def evaluate(problem: StageProblem, plan: StagePlan) -> StageCost:
     if np.isfinite(turn_S).all():
         columns = (forward_S[:, None], (turn_S - forward_S)[:, None], np.zeros((p, 1)), np.ones((p, 1)))
         pipeline_s = float(pipeline_time(plan.schedule, *columns, 1, m)[0])
+    return _stage_cost(problem, plan, pipeline_s, forward_S, turn_S, memory_S, in_flight_S)
+
+
+def _stage_cost(
+    problem: StageProblem,
+    plan: StagePlan,
+    seconds: float,
+    forward_S: Array,
+    turn_S: Array,
+    memory_S: Array,
+    in_flight_S: Array,
+) -> StageCost:
+    """The cost of a plan whose pipeline takes so many seconds."""
     return StageCost(
-        step_time_s=problem.step_seconds(pipeline_s),
+        step_time_s=problem.step_seconds(seconds),
         period_s=problem.factor * float(turn_S.max()),
         forward_S=forward_S,
         turn_S=turn_S,
@@ -403,15 +416,7 @@ def _evaluate_pieces(problem: StageProblem, plan: StagePlan) -> StageCost:
         rows = (problem.kind_U[list(stage.units)], np.array(stage.options))
         memory_S[rank_P[piece]] += held_P[piece] * problem.kept_HK[rows].sum()
     in_flight_S = np.array([held_P[rank_P == rank].max() for rank in range(p)])
-    return StageCost(
-        step_time_s=problem.step_seconds(makespan_s),
-        period_s=problem.factor * float(turn_S.max()),
-        forward_S=forward_S,
-        turn_S=turn_S,
-        memory_S=memory_S,
-        in_flight_S=in_flight_S,
-        reasons=_reasons(problem, plan, turn_S, memory_S, in_flight_S),
-    )
+    return _stage_cost(problem, plan, makespan_s, forward_S, turn_S, memory_S, in_flight_S)
 
 
 def _held(table: Table, num_pieces: int) -> Array:
