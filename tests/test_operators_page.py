@@ -65,3 +65,12 @@ def test_its_block_under_methods(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     words = ("plan", "architectures:llama70b_block", "dgx-h100x32", "--global-batch", 32, "--method", name, "--json")
     found = meshwright(*words, *given).json
     assert f"{found['best']['estimate']['step_time_s'] * 1e3:.3f}" == row[1]
+
+
+@pytest.mark.parametrize("name", ["operators", "alpa", "gpipe", "megatron"])
+def test_its_whole_model_under_methods(name: str) -> None:
+    row = re.search(rf"^\| `{name}`[^|]*\| ([\d.]+) s", PAGE, flags=re.MULTILINE)
+    assert row
+    work = ("--global-batch", 64, "--seq-len", 8192, "--method", name, "--json")
+    found = meshwright("plan", "llama-3-70b", "dgx-h100x32", *work).json
+    assert f"{found['best']['estimate']['step_time_s']:.3f}" == row[1]
